@@ -1,0 +1,454 @@
+"""LM2, a Llama-style decoder with a gated memory bank in every block (Large Memory Models, arXiv 2502.06049).
+
+    python train.py                    # train the small default model (CPU, minutes), writes out/
+    python sample.py --prompt "..."    # read a prompt of any length with it, answer
+
+This file is the whole model and writes nothing by itself (`save_checkpoint` writes where it is told).
+
+A document is read one *segment* at a time. The token stream is an ordinary Llama whose self-attention sees its own
+segment only. Beside it every block keeps a bank of N memory slots: tokens READ the bank that earlier segments left,
+and when a segment is complete its tokens WRITE to the bank, once. So the cost of a token does not grow with the document.
+
+    code               paper              meaning
+    B, T, S            -, T, -            batch, tokens in the input, tokens in one segment (`segment_len`)
+    G                  -                  whole segments in one call
+    D, H, KV, L        d, -, -, -         model width, query heads, key/value heads (GQA), blocks
+    N, HM              N, -               memory slots of a block, heads of the memory cross-attention
+    E                  E_t                normalised tokens entering the memory module, (B, T, D)
+    M                  M_t                the bank of one block, (B, N, D); t counts segments
+    wq wk wv           W^Q W^K W^V        cross-attention of tokens and slots, D x D
+    w_out w_in w_forget  same             output, input and forget gate, D x D + bias
+    w_write            -                  candidate content, D x D: the paper has none
+    null               -                  score of "this segment is nothing to this slot", one a head: ours
+Where the paper is silent or its shapes do not fit, a comment says `paper silent:` or `differs from paper:`.
+"""
+import math
+import os
+import pickle
+import zipfile
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Iterator
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LM2Config:
+    vocab_size: int = 2048              # tokens in the vocabulary
+    n_layer: int = 4                    # L, blocks
+    n_head: int = 8                     # H, query heads of self-attention
+    n_kv_head: int = 8                  # KV, key/value heads; fewer than n_head is GQA
+    n_embd: int = 64                    # D, model width
+    ffn_dim: int = 176                  # inner width of the SwiGLU MLP
+    segment_len: int = 256              # S, tokens in a segment: the attention window
+    n_slot: int = 16                    # N, memory slots of a block
+    n_mem_head: int = 8                 # HM, heads of the memory cross-attention
+    n_mem_layer: int | None = None      # the first n blocks carry memory (paper Fig. 5); None: all, 0: a plain Llama
+    rope_theta: float = 10000.0         # base of the rotary angles
+    rope_scaling: dict | None = None    # Llama-3.x: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    norm_eps: float = 1e-5              # added to the mean square in RMSNorm
+    tie_embeddings: bool = False        # output head = token embedding
+
+    def __post_init__(self):
+        if self.n_mem_layer is None:
+            object.__setattr__(self, "n_mem_layer", self.n_layer)
+        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "segment_len", "n_slot", "n_mem_head"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
+            raise ValueError(f"n_head {self.n_head} does not divide n_embd {self.n_embd} into heads of even width (RoPE "
+                             "turns pairs): choose n_embd a multiple of 2 * n_head")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
+        if not 0 <= self.n_mem_layer <= self.n_layer:
+            raise ValueError(f"n_mem_layer {self.n_mem_layer} must lie between 0 and n_layer {self.n_layer}")
+        if self.n_mem_layer and self.n_embd % self.n_mem_head:
+            raise ValueError(f"n_mem_head {self.n_mem_head} does not divide n_embd {self.n_embd}")
+        if self.n_mem_layer and self.n_slot > self.n_embd:
+            raise ValueError(f"n_slot {self.n_slot} is more than n_embd {self.n_embd}: the identity has no more rows, "
+                             "and slots that start alike stay alike")
+        if self.rope_scaling is not None:
+            want = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+            if missing := want - set(self.rope_scaling):
+                raise ValueError(f"rope_scaling lacks {', '.join(sorted(missing))}")
+
+
+PRESETS: dict[str, dict] = {
+    # the default of train.py: learns on two CPU cores in minutes
+    "cpu": dict(),
+    # the paper's model: Llama-3.2-1B's shape with 2,048 slots in every block, 1.24 B + 0.47 B parameters
+    "lm2-1.7b": dict(vocab_size=128256, n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, ffn_dim=8192, segment_len=2048,
+                     n_slot=2048, n_mem_head=32, rope_theta=500000.0, tie_embeddings=True,
+                     rope_scaling=dict(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                                       original_max_position_embeddings=8192)),
+}
+
+
+@dataclass
+class BlockState:
+    """What one block carries. Of the open (unfinished) segment the first `LM2State.fill` rows of k, v, q, c count."""
+    k: Tensor                   # (B, S, KV, D/H) keys of the open segment's self-attention, already rotated
+    v: Tensor                   # (B, S, KV, D/H)
+    bank: Tensor | None = None  # (B, N, D) the memory M; None in a block without memory
+    q: Tensor | None = None     # (B, S, D) queries of the open segment, kept for its write
+    c: Tensor | None = None     # (B, S, D) its gated candidates g_in * tanh(E w_write)
+
+
+@dataclass
+class LM2State:
+    """Everything a document has left behind after any number of tokens: a value of fixed size, passed in and out."""
+    blocks: list[BlockState]
+    fill: int = 0               # tokens in the open segment, 0 <= fill < S
+    owned: bool = False         # True: nobody keeps an older state, so the buffers may be overwritten
+
+    @property
+    def segment_len(self) -> int:
+        return self.blocks[0].k.shape[1]
+
+    def tensors(self) -> list[Tensor]:
+        return [t for b in self.blocks for t in vars(b).values() if t is not None]
+
+    def detach(self) -> "LM2State":
+        """The same state cut off from the graph: for truncated back-propagation, the caller's decision."""
+        cut = [BlockState(**{n: None if t is None else t.detach() for n, t in vars(b).items()}) for b in self.blocks]
+        return replace(self, blocks=cut)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors carried, the same after any number of tokens."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rope_tables(cfg: LM2Config) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles for the positions of one segment, each (S, D/H/2), Llama-3.x scaling included."""
+    width = cfg.n_embd // cfg.n_head
+    freq = cfg.rope_theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
+    if s := cfg.rope_scaling:  # long waves are slowed by `factor`, short ones kept, those between blended
+        waves = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # turns within the original context
+        keep = ((waves - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+        freq = keep * freq + (1 - keep) * freq / s["factor"]
+    angle = torch.arange(cfg.segment_len, dtype=torch.float64, device="cpu")[:, None] * freq
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE in Meta's interleaved form: the pair (2i, 2i+1) is turned by the angle i. x (R, T, heads, width)."""
+    pairs = torch.view_as_complex(x.to(cos.dtype).unflatten(-1, (-1, 2)))       # one pass instead of four strided ones
+    return torch.view_as_real(pairs * torch.complex(cos, sin)[:, None]).flatten(-2).to(x.dtype)
+
+
+def store(buffer: Tensor, new: Tensor, fill: int, owned: bool) -> Tensor:
+    """`buffer` (B, S, ...) with `new` (B, n, ...) at fill .. fill + n; a copy unless the caller owns the buffer."""
+    buffer = buffer if owned else buffer.clone()
+    buffer[:, fill:fill + new.shape[1]] = new
+    return buffer
+
+
+class Attention(nn.Module):
+    """Causal self-attention inside one segment: RoPE, grouped key/value heads, no biases (Llama 3)."""
+
+    def __init__(self, cfg: LM2Config):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.width = cfg.n_head, cfg.n_kv_head, cfg.n_embd // cfg.n_head
+        self.wq = nn.Linear(cfg.n_embd, cfg.n_head * self.width, bias=False)
+        self.wk = nn.Linear(cfg.n_embd, cfg.n_kv_head * self.width, bias=False)
+        self.wv = nn.Linear(cfg.n_embd, cfg.n_kv_head * self.width, bias=False)
+        self.wo = nn.Linear(cfg.n_head * self.width, cfg.n_embd, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (R, T, D), rows independent -> output (R, T, D) and the keys and values, or with cache = (k, v, fill, owned)
+        the buffers with them stored behind the `fill` tokens that the segment already has."""
+        R, T, D = x.shape
+        q = rotate(self.wq(x).view(R, T, self.n_head, self.width), cos, sin)
+        k = rotate(self.wk(x).view(R, T, self.n_kv_head, self.width), cos, sin)
+        v = self.wv(x).view(R, T, self.n_kv_head, self.width)
+        mask, fill, keys, values = None, 0, k, v
+        if cache is not None:
+            fill = cache[2]
+            k, v = store(cache[0], k, fill, cache[3]), store(cache[1], v, fill, cache[3])
+            if fill:
+                keys, values = k[:, :fill + T], v[:, :fill + T]
+                mask = torch.ones(T, fill + T, dtype=torch.bool, device=x.device).tril(fill)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), keys.transpose(1, 2).to(q.dtype), values.transpose(1, 2).to(q.dtype),
+            attn_mask=mask, is_causal=mask is None, enable_gqa=self.n_head != self.n_kv_head)    # (R, H, T, D/H)
+        return self.wo(y.transpose(1, 2).reshape(R, T, D)), k, v
+
+
+class Memory(nn.Module):
+    """The memory module of one block (paper section 2): read by cross-attention, gated, written once a segment."""
+
+    def __init__(self, cfg: LM2Config):
+        super().__init__()
+        D = cfg.n_embd
+        self.n_head, self.n_slot, self.width = cfg.n_mem_head, cfg.n_slot, D // cfg.n_mem_head
+        self.token_norm, self.bank_norm = RMSNorm(D, cfg.norm_eps), RMSNorm(D, cfg.norm_eps)
+        self.wq, self.wk, self.wv, self.w_write = (nn.Linear(D, D, bias=False) for _ in range(4))
+        self.w_out, self.w_in, self.w_forget = (nn.Linear(D, D, bias=True) for _ in range(3))
+        # paper silent: a slot may decline a segment. With equal scores about 0.4 of its weight stays unwritten.
+        self.null = nn.Parameter(torch.full((cfg.n_mem_head,), math.log(cfg.segment_len) - 0.5))
+
+    def initial_bank(self, batch: int) -> Tensor:
+        """M_0 (B, N, D): the first N rows of the identity, a constant; float32 (float64 in a float64 model)."""
+        dtype = torch.promote_types(self.null.dtype, torch.float32)  # differs from paper: N x d x d identities there
+        return torch.eye(self.n_slot, self.null.numel() * self.width, dtype=dtype,
+                         device=self.null.device).repeat(batch, 1, 1)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(R, n, D) -> (R, HM, n, D/HM)"""
+        return x.unflatten(-1, (self.n_head, self.width)).transpose(1, 2)
+
+    def tokens(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The token side, for all tokens at once: x (R, T, D) -> queries, gated candidates, input gate, each (R, T, D)."""
+        E = self.token_norm(x)                       # paper silent: the query is the stream after self-attention
+        g_in = torch.sigmoid(self.w_in(E))                                      # Eq. (4), one gate a token
+        # differs from paper: tanh(E w_write), not tanh(E_mem), which holds nothing of the tokens
+        return self.wq(E), g_in * torch.tanh(self.w_write(E)), g_in
+
+    def slots(self, M: Tensor) -> Tensor:
+        """norm(M) (B, N, D) in the dtype of the weights: what keys and values are made of."""
+        return self.bank_norm(M).to(self.wk.weight.dtype)
+
+    def read(self, Q: Tensor, K: Tensor, V: Tensor, trace: dict | None) -> Tensor:
+        """Q (R, T, D) from the tokens, K and V (R, N, D) from the bank carried INTO the segment -> E_gated (R, T, D)."""
+        # differs from paper: no causal mask on A, for every slot was written by earlier segments only
+        scores = self.heads(Q) @ self.heads(K).mT / math.sqrt(self.width)       # Eq. (1)   (R, HM, T, N)
+        A = scores.softmax(dim=-1).to(V.dtype)
+        E_mem = (A @ self.heads(V)).transpose(1, 2).flatten(-2)                 # (R, T, D)
+        g_out = torch.sigmoid(self.w_out(E_mem))                                # Eq. (2)
+        if trace is not None:
+            trace.update(A=A, g_out=g_out)
+        return g_out * E_mem                                                    # Eq. (3); differs from paper: g_out * M
+
+    def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor, trace: dict | None) -> Tensor:
+        """M (B, N, D), its keys K (B, N, D), queries Q and candidates c (B, S, D) of a whole segment -> next M (B, N, D)."""
+        scores = self.heads(K) @ self.heads(Q).mT / math.sqrt(self.width)       # (B, HM, N, S)
+        null = self.null.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        R = torch.cat((scores, null), dim=-1).softmax(dim=-1)                   # (B, HM, N, S+1)
+        # differs from paper: Eq. (6)'s terms are T x d, the bank is N x d; R, the read turned round, carries them over
+        C = (R[..., :-1].to(c.dtype) @ self.heads(c)).transpose(1, 2)           # (B, N, HM, D/HM)
+        g_forget = torch.sigmoid(self.w_forget(C.flatten(-2))).view_as(C).to(M.dtype)        # Eq. (5), per slot
+        w = 1 - R[..., -1:].transpose(1, 2).to(M.dtype)                         # (B, N, HM, 1) how much was written
+        # differs from paper: forgetting in proportion to w, so what no segment concerns is kept exactly
+        M = C.to(M.dtype) + (1 - w * (1 - g_forget)) * M.view_as(C)             # Eq. (6)
+        if trace is not None:
+            trace.setdefault("R", []).append(R)
+            trace.setdefault("g_forget", []).append(g_forget.flatten(-2))
+        return M.flatten(-2)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, cfg: LM2Config):
+        super().__init__()
+        self.w1 = nn.Linear(cfg.n_embd, cfg.ffn_dim, bias=False)
+        self.w2 = nn.Linear(cfg.ffn_dim, cfg.n_embd, bias=False)
+        self.w3 = nn.Linear(cfg.n_embd, cfg.ffn_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """One decoder block: self-attention, memory, MLP, each behind a norm and added to the stream."""
+
+    def __init__(self, cfg: LM2Config, has_memory: bool):
+        super().__init__()
+        self.attention_norm, self.ffn_norm = RMSNorm(cfg.n_embd, cfg.norm_eps), RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.attention, self.feed_forward = Attention(cfg), FeedForward(cfg)
+        self.memory = Memory(cfg) if has_memory else None
+
+    def forward(self, x: Tensor, st: BlockState, fill: int, owned: bool, rope: tuple[Tensor, Tensor], write: bool,
+                trace: dict | None) -> tuple[Tensor, BlockState]:
+        """x (B, T, D): either G whole segments (fill 0) or a piece that fits into the open segment."""
+        B, T, D = x.shape
+        S = st.k.shape[1]
+        whole = fill == 0 and T % S == 0
+        x = x.reshape(-1, S if whole else T, D)                                 # (B*G, S, D): a row a segment
+        cos, sin = (t[fill:fill + x.shape[1]] for t in rope)                    # positions restart in every segment
+        h, k, v = self.attention(self.attention_norm(x), cos, sin, None if whole else (st.k, st.v, fill, owned))
+        x = x + h
+        st = st if whole else replace(st, k=k, v=v)                             # whole segments leave no cache behind
+        if self.memory is not None:
+            x, st = self.remember(x, st, fill, owned, whole, write, trace)
+        x = x + self.feed_forward(self.ffn_norm(x))
+        return x.view(B, T, D), st
+
+    def remember(self, x: Tensor, st: BlockState, fill: int, owned: bool, whole: bool, write: bool,
+                 trace: dict | None) -> tuple[Tensor, BlockState]:
+        """The memory sub-layer. Only the slots' own update runs segment after segment, all else in large products."""
+        mem, M, S = self.memory, st.bank, st.k.shape[1]
+        B, D = M.shape[0], M.shape[-1]
+        Q, c, g_in = mem.tokens(x)                                              # (B*G, S, D) each
+        seen, keys = [mem.slots(M)], []                                         # norm(M), K: one a segment
+        if whole:
+            Qs, cs = Q.view(B, -1, S, D), c.view(B, -1, S, D)                   # (B, G, S, D)
+            for g in range(Qs.shape[1]):
+                keys.append(mem.wk(seen[-1]))
+                if write:
+                    M = mem.write(M, keys[-1], Qs[:, g], cs[:, g], trace)
+                seen.append(mem.slots(M))
+            seen = seen[:-1]                                                    # the last one is the next call's
+        else:
+            q, cand = store(st.q, Q, fill, owned), store(st.c, c, fill, owned)
+            st, keys = replace(st, q=q, c=cand), [mem.wk(seen[0])]
+            if write and fill + x.shape[1] == S:
+                M = mem.write(M, keys[0], q, cand, trace)
+        K = torch.stack(keys, dim=1).flatten(0, 1)                              # (B*G, N, D)
+        V = mem.wv(torch.stack(seen, dim=1).flatten(0, 1))                      # (B*G, N, D)
+        if trace is not None:
+            trace.update(g_in=g_in)
+        return x + mem.read(Q, K, V, trace), replace(st, bank=M)
+
+
+class LM2(nn.Module):
+    """logits, loss, state = model(idx, targets, state); see `forward`. Parameter names follow Meta's Llama."""
+
+    def __init__(self, cfg: LM2Config):
+        super().__init__()
+        self.cfg = cfg
+        self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.layers = nn.ModuleList(Block(cfg, i < cfg.n_mem_layer) for i in range(cfg.n_layer))
+        self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.output = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        for name, table in zip(("cos", "sin"), rope_tables(cfg)):
+            self.register_buffer(name, table, persistent=False)
+        if cfg.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Normal weights of standard deviation 1/sqrt(fan-in); what adds to the stream is scaled by 1/sqrt(2 L)."""
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                into_stream = name.endswith(("attention.wo.weight", "feed_forward.w2.weight", "memory.wv.weight"))
+                p.normal_(std=p.shape[1] ** -0.5 * ((2 * self.cfg.n_layer) ** -0.5 if into_stream else 1))
+            elif name.endswith("bias"):
+                p.fill_(1.0 if "w_forget" in name else 0.0)                     # forget gates start open at sigmoid(1)
+        # an input of unit size keeps its identity through the first blocks; a tied table has to start as a head
+        self.tok_embeddings.weight.normal_(std=0.02 if self.cfg.tie_embeddings else 1.0)
+        if not self.cfg.tie_embeddings:
+            self.output.weight.normal_(std=0.02)
+
+    def initial_state(self, batch: int, segment_len: int | None = None) -> LM2State:
+        """The state before the first token: empty caches, every bank at M_0. `segment_len` may be cut short (training)."""
+        c, S = self.cfg, segment_len or self.cfg.segment_len
+        if not 1 <= S <= c.segment_len:
+            raise ValueError(f"segment_len {S} must lie between 1 and the model's {c.segment_len}")
+        new = self.norm.weight.new_zeros
+        kv = (batch, S, c.n_kv_head, c.n_embd // c.n_head)
+        blocks = [BlockState(k=new(kv), v=new(kv)) if b.memory is None else
+                  BlockState(k=new(kv), v=new(kv), bank=b.memory.initial_bank(batch), q=new(batch, S, c.n_embd),
+                             c=new(batch, S, c.n_embd)) for b in self.layers]
+        return LM2State(blocks)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, state: LM2State | None = None, *, keep: str = "all",
+                segment_len: int | None = None, write: bool = True, trace: list | None = None
+                ) -> tuple[Tensor, Tensor | None, LM2State]:
+        """idx (B, T) int64, any T >= 1 [, targets (B, T), already shifted, -1 = ignored] -> logits, loss, state.
+
+        state        what an earlier call returned for the tokens before these; None starts a document
+        keep         "all": logits (B, T, V); "last": (B, 1, V); "targets": (n, V), the n positions with a target
+        segment_len  shorter segments than the model's for a document that starts here (used by the curriculum)
+        write        False holds every bank at the value it came in with: the memory switched off
+        trace        a list that gets one dict per block and piece: A (B*G, HM, T, N), g_out, g_in (B*G, T, D), and of
+                     each write R (B, HM, N, S+1), g_forget (B, N, D), for pictures
+        Raises ValueError for an input of another shape or dtype, or of another batch than the state's.
+        """
+        if idx.ndim != 2 or idx.dtype != torch.int64 or idx.shape[1] < 1:
+            raise ValueError(f"idx must be (B, T) int64 with T >= 1, not {tuple(idx.shape)} {idx.dtype}")
+        if keep not in ("all", "last", "targets") or (keep == "targets" and targets is None):
+            raise ValueError(f"keep is {keep!r}: it must be 'all', 'last' or, with targets, 'targets'")
+        if state is None:
+            state = self.initial_state(idx.shape[0], segment_len)
+        elif state.blocks[0].k.shape[0] != idx.shape[0]:
+            raise ValueError(f"idx has {idx.shape[0]} rows, the state {state.blocks[0].k.shape[0]}")
+        S, T, fill, start, out = state.segment_len, idx.shape[1], state.fill, 0, []
+        blocks = list(state.blocks)
+        x = self.tok_embeddings(idx)                                            # (B, T, D)
+        while start < T:  # pieces: the rest of the open segment, then all whole segments at once, then what is left
+            left = T - start
+            n = min(left, S - fill) if fill else left // S * S or left
+            piece = x[:, start:start + n]
+            for i, block in enumerate(self.layers):
+                note = None if trace is None else dict(layer=i, start=start)
+                piece, blocks[i] = block(piece, blocks[i], fill, state.owned, (self.cos, self.sin), write, note)
+                if trace is not None:
+                    trace.append(note)
+            out.append(piece)
+            start, fill = start + n, (fill + n) % S
+        x = out[0] if len(out) == 1 else torch.cat(out, dim=1)                  # (B, T, D)
+        if keep == "last":
+            x, targets = x[:, -1:], None if targets is None else targets[:, -1:]
+        elif keep == "targets":
+            x, targets = x[targets != -1], targets[targets != -1]               # (n, D)
+        logits = self.output(self.norm(x))
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, -2).to(self.null_dtype), targets.flatten(), ignore_index=-1)
+        return logits, loss, LM2State(blocks, fill, state.owned)
+
+    @property
+    def null_dtype(self) -> torch.dtype:
+        """Losses and banks are kept in at least float32."""
+        return torch.promote_types(self.norm.weight.dtype, torch.float32)
+
+    @torch.no_grad()
+    def read(self, idx: Tensor, state: LM2State | None = None, write: bool = True, chunk: int = 4
+             ) -> tuple[Tensor, LM2State]:
+        """Read a document of any length at constant memory, `chunk` segments a call: idx (B, T) -> last logits (B, V)."""
+        state = replace(state or self.initial_state(idx.shape[0]))
+        start, S = 0, state.segment_len
+        while start < idx.shape[1]:
+            stop = start + chunk * S - state.fill
+            logits, _, state = self(idx[:, start:stop], state=state, keep="last", write=write)
+            start = stop
+        return logits[:, -1], state
+
+    @torch.no_grad()
+    def stream(self, idx: Tensor, max_new_tokens: int, temperature: float = 0.0, state: LM2State | None = None,
+               generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        """Yield max_new_tokens new ids (B,), one at a time; temperature 0 takes the likeliest."""
+        logits, state = self.read(idx, state)
+        state = replace(state.detach(), owned=False)
+        for i in range(max_new_tokens):
+            if temperature > 0:
+                p = (logits.float() / temperature).softmax(dim=-1)
+                new = torch.multinomial(p, 1, generator=generator)[:, 0]
+            else:
+                new = logits.argmax(dim=-1)
+            yield new
+            if i + 1 < max_new_tokens:
+                logits, _, state = self(new[:, None], state=state, keep="last")
+                logits, state.owned = logits[:, -1], True   # these buffers were made here: no copy a token from now on
+
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 0.0,
+                 generator: torch.Generator | None = None) -> Tensor:
+        """idx (B, T) -> (B, T + max_new_tokens)"""
+        new = list(self.stream(idx, max_new_tokens, temperature, generator=generator))
+        return torch.cat([idx, torch.stack(new, dim=1)], dim=1) if new else idx
+
+    def n_params(self) -> tuple[int, int]:
+        """(all parameters, those of the memory)"""
+        count = {n: p.numel() for n, p in self.named_parameters()}
+        return sum(count.values()), sum(k for n, k in count.items() if ".memory." in n)
+
+    def optimizer_groups(self, weight_decay: float) -> list[dict]:
+        """Matrices decay; norms, biases and the null scores do not."""
+        params = list(self.parameters())
+        return [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
+                dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
