@@ -24,9 +24,7 @@ Where the paper is silent or its shapes do not fit, a comment says `paper silent
 """
 import math
 import os
-import pickle
-import zipfile
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Iterator
 
@@ -408,13 +406,14 @@ class LM2(nn.Module):
         return torch.promote_types(self.norm.weight.dtype, torch.float32)
 
     @torch.no_grad()
-    def read(self, idx: Tensor, state: LM2State | None = None, write: bool = True, chunk: int = 4
+    def read(self, idx: Tensor, state: LM2State | None = None, write: bool = True, tokens_a_call: int = 16384
              ) -> tuple[Tensor, LM2State]:
-        """Read a document of any length at constant memory, `chunk` segments a call: idx (B, T) -> last logits (B, V)."""
-        state = replace(state or self.initial_state(idx.shape[0]))
+        """Read a document of any length at constant memory, a few segments a call: idx (B, T) -> last logits (B, V)."""
+        state = state or self.initial_state(idx.shape[0])
         start, S = 0, state.segment_len
+        step = max(1, tokens_a_call // (idx.shape[0] * S)) * S
         while start < idx.shape[1]:
-            stop = start + chunk * S - state.fill
+            stop = start + step - state.fill
             logits, _, state = self(idx[:, start:stop], state=state, keep="last", write=write)
             start = stop
         return logits[:, -1], state
@@ -452,3 +451,42 @@ class LM2(nn.Module):
         params = list(self.parameters())
         return [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
                 dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
+
+
+FORMAT = "lm2-checkpoint-1"
+
+
+def save_checkpoint(path: str | Path, model: LM2, **values) -> None:
+    """Write the model and `values` (tensors and plain values only) to `path`; a file that is there stays whole until the
+    new one is complete. Raises OSError if it cannot be written."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".tmp")
+    content = dict(format=FORMAT, config=asdict(model.cfg), model=model.state_dict(), **values)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise OSError(f"cannot write the checkpoint {path}: {error}") from None
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[LM2, dict]:
+    """A file of `save_checkpoint` -> the model on `device`, and everything that the file holds. Raises ValueError, in one
+    line, for a file that is missing, cut short, or of another format."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}: train one (python train.py) or name another with --ckpt")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception:  # a broken zip, pickle or tensor: torch has no common class for them
+        raise ValueError(f"{path} is cut short or no checkpoint: train again or name another") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is of another format: this code reads {FORMAT}, written by its train.py")
+    try:
+        with torch.device(device):
+            model = LM2(LM2Config(**content["config"]))
+        model.load_state_dict(content["model"], strict=True)
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} does not fit this code: {str(error).splitlines()[0]}") from None
+    return model, content

@@ -32,7 +32,7 @@ SHORT = "Mr Mrs Ms Messrs Dr St Prof Rev Hon Capt Col Gen Lieut Mme Mlle Jr cf v
 NOT_AFTER = "".join(rf"(?<!\b{re.escape(word)}\.)" for word in [*SHORT, *"ABCDEFGHJKLMNOPQRSTUVWXYZ"])
 BOUNDARY = re.compile(rf"""([.!?]{NOT_AFTER}["')]*)\s+(?=["'(]*[A-Z])""")
 SENTENCE = re.compile(r"""["']?[A-Z].*[.!?]["']?""")
-CODE = re.compile(r"""[][<>{}|\\=_@#~^*+$%`]|::|\(\)|""|\.{4}|\W/|/\W|\s-+\w"""
+CODE = re.compile(r"""[][<>{}|\\=_@#~^*+$%`]|::|\(\)|""|\.{4}|---|\W/|/\W|\s-+\w"""
                   r"""|[a-z](?<!\bMc)(?<!\bMac)[A-Z]|(?<!\b[aeip])\.[a-z]""")  # os.path is code, e.g. is not
 
 

@@ -117,8 +117,8 @@ def merge(parts: list[bytes], token: bytes) -> list[bytes]:
 def train(pieces: dict[str, int], words: Iterable[str], size: int) -> list[bytes]:
     """`size` tokens by rank: the 256 bytes, merges learned from `pieces` and their counts, then the `words`.
 
-    Merged is what neighbours make up most often, of equals the first in byte order; it is counted by its bytes
-    and not by its halves, as tiktoken merges by bytes too. tiktoken looks up a whole piece before it merges, so
+    Merged is what neighbours make up most often, of equals the first in byte order. It is counted by bytes,
+    not by its halves, as tiktoken merges by bytes. That looks up a whole piece before it merges anything, so
     a given word needs no tokens for its beginnings, and where it stands in the text it teaches nothing.
     """
     tokens = [bytes([b]) for b in range(256)]

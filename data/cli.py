@@ -1,0 +1,71 @@
+"""What every command line here shares: flags made from a dataclass, and mistakes that end in one line and exit code 2.
+
+    from data.cli import Parser, one_line
+
+Writes nothing but the line on standard error.
+"""
+import argparse
+import contextlib
+import inspect
+import sys
+import types
+import typing
+from dataclasses import MISSING, Field, fields
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without prefix matching, and with one line for a mistake instead of the whole usage."""
+
+    def __init__(self, prog: str, description: str):
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see --help)\n")
+
+    def add_fields(self, config: type, skip: tuple[str, ...] = ()):
+        """One flag for each field of a dataclass: its type, its default, and the comment behind it as help. A flag that
+        is not given is None, so that a preset can be told from an explicit choice."""
+        notes = field_notes(inspect.getsource(config))
+        for f in fields(config):
+            if f.name in skip:
+                continue
+            kind = field_type(f, config)
+            default = None if f.default is MISSING else f.default
+            text = f"{notes[f.name]} (default {default})".replace("%", "%%")
+            if kind is bool:
+                self.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=None, help=text)
+            else:
+                self.add_argument(f"--{f.name}", type=kind, default=None, metavar=kind.__name__.upper(), help=text)
+
+
+def field_type(f: Field, config: type) -> type:
+    """The plain type of a field: int for `int` and for `int | None`."""
+    hint = typing.get_type_hints(config)[f.name]
+    if isinstance(hint, types.UnionType):
+        hint = next(t for t in typing.get_args(hint) if t is not type(None))
+    return hint
+
+
+def field_notes(source: str) -> dict[str, str]:
+    """The comment behind each `name: type = default` line of a dataclass's source: the flag's help."""
+    notes = {}
+    for line in source.splitlines():
+        code, _, note = line.partition("  # ")
+        name, colon, _ = code.strip().partition(":")
+        if colon and name.isidentifier():
+            notes[name] = note.strip()
+    return notes
+
+
+@contextlib.contextmanager
+def one_line(prog: str):
+    """A user's mistake (ValueError, or a file that cannot be read or written) ends in one line and exit code 2."""
+    try:
+        yield
+    except BrokenPipeError:  # the reader of our output has gone: `| head`
+        sys.stderr.close()
+        raise SystemExit(0)
+    except (ValueError, OSError) as error:
+        message = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
+        raise SystemExit(2)
