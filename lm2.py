@@ -419,11 +419,10 @@ class LM2(nn.Module):
         return logits[:, -1], state
 
     @torch.no_grad()
-    def stream(self, idx: Tensor, max_new_tokens: int, temperature: float = 0.0, state: LM2State | None = None,
-               generator: torch.Generator | None = None) -> Iterator[Tensor]:
-        """Yield max_new_tokens new ids (B,), one at a time; temperature 0 takes the likeliest."""
-        logits, state = self.read(idx, state)
-        state = replace(state.detach(), owned=False)
+    def stream(self, idx: Tensor, max_new_tokens: int, temperature: float = 0.0,
+               generator: torch.Generator | None = None, write: bool = True) -> Iterator[Tensor]:
+        """Read idx (B, T), then yield max_new_tokens new ids (B,), one at a time; temperature 0 takes the likeliest."""
+        logits, state = self.read(idx, write=write)
         for i in range(max_new_tokens):
             if temperature > 0:
                 p = (logits.float() / temperature).softmax(dim=-1)
@@ -432,13 +431,13 @@ class LM2(nn.Module):
                 new = logits.argmax(dim=-1)
             yield new
             if i + 1 < max_new_tokens:
-                logits, _, state = self(new[:, None], state=state, keep="last")
-                logits, state.owned = logits[:, -1], True   # these buffers were made here: no copy a token from now on
+                state.owned = True  # made here and seen by nobody else: no copy of the buffers for a token
+                logits, state = self.read(new[:, None], state, write)
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 0.0,
                  generator: torch.Generator | None = None) -> Tensor:
         """idx (B, T) -> (B, T + max_new_tokens)"""
-        new = list(self.stream(idx, max_new_tokens, temperature, generator=generator))
+        new = list(self.stream(idx, max_new_tokens, temperature, generator))
         return torch.cat([idx, torch.stack(new, dim=1)], dim=1) if new else idx
 
     def n_params(self) -> tuple[int, int]:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from data.cli import Parser
+
 ROOMS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
 OBJECTS = ("apple", "football", "milk")
 VERBS = {"move": ("went", "went back", "moved", "journeyed", "travelled"),  # "went back" on first visits too
@@ -185,8 +187,7 @@ def whole(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m data.babi", description="Write bAbI.", allow_abbrev=False)
-    parser.error = lambda text: parser.exit(2, f"{parser.prog}: {' '.join(text.split())} (see --help)\n")
+    parser = Parser("python -m data.babi", "Write bAbI.")
     parser.add_argument("--task", choices=TASKS, default="qa1", help="task, by name (default: %(default)s)")
     parser.add_argument("--stories", type=whole, default=200, help="how many (default: %(default)s stories)")
     parser.add_argument("--seed", type=whole, default=1, help="random seed, a number (default: %(default)s)")

@@ -7,15 +7,14 @@ Writes nothing. Lengths are tokens of facts + background (the question is not co
 is exact; each fact goes to a random gap between two sentences, in the story's order.
 Train and validation share no story (by a hash of its sentences) and no passage of background.
 """
-import argparse
 import hashlib
 import random
-import sys
 from typing import NamedTuple, Sequence
 
 import numpy as np
 
 from data import babi, background
+from data.cli import Parser
 from data.tokenizer import Tokenizer, load
 
 VAL_SHARE = 10  # one story in ten is kept for validation
@@ -160,7 +159,7 @@ class Builder:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser("python -m data.babilong", __doc__.split("\n")[0])
     parser.add_argument("--task", default="qa1", help="bAbI task (default qa1)")
     parser.add_argument("--length", default="1k", help="tokens of facts + background: 0k, 4k, 1M, ... (default 1k)")
     parser.add_argument("--part", default="val", choices=("train", "val"), help="which stories and prose (default val)")
@@ -171,8 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         builder = Builder(load(), args.part, args.background)
         doc = builder.sample(args.task, parse_length(args.length), random.Random(args.seed))
     except ValueError as error:
-        print(f"babilong: {error}", file=sys.stderr)
-        raise SystemExit(2)
+        parser.error(str(error))
     text = builder.tokenizer.decode(doc.prompt())
     print(text.strip())
     print(f"answer: {doc.questions[0].answer}", f"facts: {len(doc.facts)}, needed: "

@@ -6,7 +6,6 @@
 Writes nothing. The shipped documentation, and so the default text, differs a little between Python versions.
 """
 
-import argparse
 import ast
 import hashlib
 import random
@@ -15,6 +14,8 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+from data.cli import Parser
 
 MIN_WORDS = 8  # BABILong drops sentences under 10 GPT-2 tokens, about 8 words, so facts are the short ones
 PASSAGE = 32  # sentences that go to train or val as a whole
@@ -144,9 +145,7 @@ def split(documents: list[list[str]], part: str) -> list[list[str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m data.background", description=__doc__.split("\n")[0],
-                                     allow_abbrev=False)
-    parser.error = lambda text: parser.exit(2, f"{parser.prog}: {' '.join(text.split())} (see --help)\n")
+    parser = Parser("python -m data.background", __doc__.split("\n")[0])
     parser.add_argument("--background", metavar="FOLDER",
                         help="folder of UTF-8 .txt files (default: the documentation that ships with Python)")
     args = parser.parse_args(argv)

@@ -7,7 +7,6 @@ Writes a rank file in tiktoken's format: a token in base64, a space and its rank
 the train part of the background (data/background.py); the words of bAbI are given, one token each.
 """
 
-import argparse
 import base64
 import os
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 import tiktoken
 
 from data import background
+from data.cli import Parser
 
 # A token lies within one piece: a word or a run of signs, with the space before it; one digit; or white
 # space. So the sentences of a text, each but the first with its space, give the tokens of the whole.
@@ -153,9 +153,7 @@ def train(pieces: dict[str, int], words: Iterable[str], size: int) -> list[bytes
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m data.tokenizer", description=__doc__.split("\n")[0],
-                                     allow_abbrev=False)
-    parser.error = lambda text: parser.exit(2, f"{parser.prog}: {' '.join(text.split())} (see --help)\n")
+    parser = Parser("python -m data.tokenizer", __doc__.split("\n")[0])
     parser.add_argument("--vocab_size", type=int, default=2048,
                         help="tokens, the end of text included (default: %(default)s)")
     parser.add_argument("--background", metavar="FOLDER",

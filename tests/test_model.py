@@ -230,9 +230,12 @@ def test_continuing_from_a_state_changes_neither_it_nor_a_state_made_from_it(fil
         at_middle = [copies(m) for m in middle]
         for again in range(2):
             for m, b, e in zip(middle, branches, expected):
-                near(feed(model, b[:, 2:], [1, 1, 6, 2], m)[0], e[:, 2:])
+                near(feed(model, b[:, 2:], [1, 1, 5, 1], m)[0], e[:, 2:])
                 near(feed(model, b, [1, 2, 3, 4], root)[0], e)
-        list(model.stream(branches[0], 2 * S, state=root))
+        streams = [model.stream(b[:, :1], 2 * S, state=root) for b in branches]
+        side_by_side = [torch.stack(new, dim=1) for new in zip(*zip(*streams))]
+        for b, new in zip(branches, side_by_side):
+            assert torch.equal(new, torch.stack(list(model.stream(b[:, :1], 2 * S, state=root)), dim=1))
         model.read(branches[1][:, :1], root)
         assert same(copies(root), at_root) and root.fill == fill
         assert all(same(copies(m), a) for m, a in zip(middle, at_middle))
