@@ -24,9 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.babilong import Builder, Document, length_name, parse_length
+from data.checkpoint import load_checkpoint
 from data.cli import Parser, one_line
 from data.tokenizer import Tokenizer
-from lm2 import LM2, load_checkpoint
+from lm2 import LM2
 
 ROOMS = "bathroom bedroom garden hallway kitchen office".split()
 # the labels that the benchmark looks for in an output (github.com/booydar/babilong, metrics.py, Apache-2.0)

@@ -3,7 +3,7 @@
     python train.py                    # train the small default model (CPU, minutes), writes out/
     python sample.py --prompt "..."    # read a prompt of any length with it, answer
 
-This file is the whole model and writes nothing by itself (`save_checkpoint` writes where it is told).
+This file is the whole model; it writes nothing.
 
 A document is read one *segment* at a time. The token stream is an ordinary Llama whose self-attention sees its own
 segment only. Beside it every block keeps a bank of N memory slots: tokens READ the bank that earlier segments left,
@@ -23,9 +23,7 @@ and when a segment is complete its tokens WRITE to the bank, once. So the cost o
 Where the paper is silent or its shapes do not fit, a comment says `paper silent:` or `differs from paper:`.
 """
 import math
-import os
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Iterator
 
 import torch
@@ -129,22 +127,22 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def rope_tables(cfg: LM2Config) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles for the positions of one segment, each (S, D/H/2), Llama-3.x scaling included."""
+def rope_frequencies(cfg: LM2Config) -> list[float]:
+    """The angle a position turns each pair of channels by, D/H/2 of them, Llama-3.x scaling included."""
     width = cfg.n_embd // cfg.n_head
-    freq = cfg.rope_theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
+    freq = [cfg.rope_theta ** (-i / width) for i in range(0, width, 2)]
     if s := cfg.rope_scaling:  # long waves are slowed by `factor`, short ones kept, those between blended
-        waves = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # turns within the original context
-        keep = ((waves - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
-        freq = keep * freq + (1 - keep) * freq / s["factor"]
-    angle = torch.arange(cfg.segment_len, dtype=torch.float64, device="cpu")[:, None] * freq
-    return angle.cos().float(), angle.sin().float()
+        turns = [s["original_max_position_embeddings"] * f / (2 * math.pi) for f in freq]  # in the original context
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        keep = [min(1.0, max(0.0, (t - low) / (high - low))) for t in turns]
+        freq = [k * f + (1 - k) * f / s["factor"] for k, f in zip(keep, freq)]
+    return freq
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in Meta's interleaved form: the pair (2i, 2i+1) is turned by the angle i. x (R, T, heads, width)."""
-    pairs = torch.view_as_complex(x.to(cos.dtype).unflatten(-1, (-1, 2)))       # one pass instead of four strided ones
-    return torch.view_as_real(pairs * torch.complex(cos, sin)[:, None]).flatten(-2).to(x.dtype)
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """RoPE in Meta's interleaved form: the pair (2i, 2i+1) is turned by angle i. x (R, T, heads, width), turn (T, width/2)."""
+    pairs = torch.view_as_complex(x.to(turn.real.dtype).unflatten(-1, (-1, 2)))  # one pass instead of four strided ones
+    return torch.view_as_real(pairs * turn[:, None]).flatten(-2).to(x.dtype)
 
 
 def store(buffer: Tensor, new: Tensor, fill: int, owned: bool) -> Tensor:
@@ -165,12 +163,12 @@ class Attention(nn.Module):
         self.wv = nn.Linear(cfg.n_embd, cfg.n_kv_head * self.width, bias=False)
         self.wo = nn.Linear(cfg.n_head * self.width, cfg.n_embd, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, turn: Tensor, cache: tuple | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (R, T, D), rows independent -> output (R, T, D) and the keys and values, or with cache = (k, v, fill, owned)
         the buffers with them stored behind the `fill` tokens that the segment already has."""
         R, T, D = x.shape
-        q = rotate(self.wq(x).view(R, T, self.n_head, self.width), cos, sin)
-        k = rotate(self.wk(x).view(R, T, self.n_kv_head, self.width), cos, sin)
+        q = rotate(self.wq(x).view(R, T, self.n_head, self.width), turn)
+        k = rotate(self.wk(x).view(R, T, self.n_kv_head, self.width), turn)
         v = self.wv(x).view(R, T, self.n_kv_head, self.width)
         mask, fill, keys, values = None, 0, k, v
         if cache is not None:
@@ -234,7 +232,7 @@ class Memory(nn.Module):
         """M (B, N, D), its keys K (B, N, D), queries Q and candidates c (B, S, D) of a whole segment -> next M (B, N, D)."""
         scores = self.heads(K) @ self.heads(Q).mT / math.sqrt(self.width)       # (B, HM, N, S)
         null = self.null.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
-        R = torch.cat((scores, null), dim=-1).softmax(dim=-1)                   # (B, HM, N, S+1)
+        R = torch.cat((scores, null), dim=-1).softmax(dim=-1, dtype=M.dtype)          # (B, HM, N, S+1)
         # differs from paper: Eq. (6)'s terms are T x d, the bank is N x d; R, the read turned round, carries them over
         C = (R[..., :-1].to(c.dtype) @ self.heads(c)).transpose(1, 2)           # (B, N, HM, D/HM)
         g_forget = torch.sigmoid(self.w_forget(C.flatten(-2))).view_as(C).to(M.dtype)        # Eq. (5), per slot
@@ -269,15 +267,14 @@ class Block(nn.Module):
         self.attention, self.feed_forward = Attention(cfg), FeedForward(cfg)
         self.memory = Memory(cfg) if has_memory else None
 
-    def forward(self, x: Tensor, st: BlockState, fill: int, owned: bool, rope: tuple[Tensor, Tensor], write: bool,
+    def forward(self, x: Tensor, st: BlockState, fill: int, owned: bool, turn: Tensor, write: bool,
                 trace: dict | None) -> tuple[Tensor, BlockState]:
         """x (B, T, D): either G whole segments (fill 0) or a piece that fits into the open segment."""
         B, T, D = x.shape
         S = st.k.shape[1]
         whole = fill == 0 and T % S == 0
         x = x.reshape(-1, S if whole else T, D)                                 # (B*G, S, D): a row a segment
-        cos, sin = (t[fill:fill + x.shape[1]] for t in rope)                    # positions restart in every segment
-        h, k, v = self.attention(self.attention_norm(x), cos, sin, None if whole else (st.k, st.v, fill, owned))
+        h, k, v = self.attention(self.attention_norm(x), turn, None if whole else (st.k, st.v, fill, owned))
         x = x + h
         st = st if whole else replace(st, k=k, v=v)                             # whole segments leave no cache behind
         if self.memory is not None:
@@ -322,11 +319,21 @@ class LM2(nn.Module):
         self.layers = nn.ModuleList(Block(cfg, i < cfg.n_mem_layer) for i in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.output = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
-        for name, table in zip(("cos", "sin"), rope_tables(cfg)):
-            self.register_buffer(name, table, persistent=False)
+        self.freq = rope_frequencies(cfg)  # plain numbers: a buffer would lose its precision in .bfloat16()
         if cfg.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.init_weights()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of banks, angles and losses: the weights', but at least float32."""
+        return torch.promote_types(self.norm.weight.dtype, torch.float32)
+
+    def turns(self, start: int, stop: int) -> Tensor:
+        """e^(i angle) of the positions start .. stop of a segment, (stop - start, D/H/2), in at least complex64."""
+        freq = torch.tensor(self.freq, dtype=torch.float64, device=self.norm.weight.device)
+        angle = torch.arange(start, stop, dtype=torch.float64, device=freq.device)[:, None] * freq
+        return torch.polar(torch.ones_like(angle), angle).to(self.dtype.to_complex())
 
     @torch.no_grad()
     def init_weights(self):
@@ -344,7 +351,7 @@ class LM2(nn.Module):
 
     def initial_state(self, batch: int, segment_len: int | None = None) -> LM2State:
         """The state before the first token: empty caches, every bank at M_0. `segment_len` may be cut short (training)."""
-        c, S = self.cfg, segment_len or self.cfg.segment_len
+        c, S = self.cfg, self.cfg.segment_len if segment_len is None else segment_len
         if not 1 <= S <= c.segment_len:
             raise ValueError(f"segment_len {S} must lie between 1 and the model's {c.segment_len}")
         new = self.norm.weight.new_zeros
@@ -353,6 +360,16 @@ class LM2(nn.Module):
                   BlockState(k=new(kv), v=new(kv), bank=b.memory.initial_bank(batch), q=new(batch, S, c.n_embd),
                              c=new(batch, S, c.n_embd)) for b in self.layers]
         return LM2State(blocks)
+
+    def check_state(self, state: LM2State, rows: int, segment_len: int | None) -> None:
+        c = self.cfg
+        kv, bank = (rows, state.segment_len, c.n_kv_head, c.n_embd // c.n_head), (rows, c.n_slot, c.n_embd)
+        want = [(kv, bank if layer.memory else None) for layer in self.layers]
+        have = [(tuple(b.k.shape), None if b.bank is None else tuple(b.bank.shape)) for b in state.blocks]
+        if want != have or state.segment_len > c.segment_len:
+            raise ValueError(f"the state is not of this model and {rows} rows: {have[0]} a block, not {want[0]}")
+        if segment_len not in (None, state.segment_len):
+            raise ValueError(f"segment_len {segment_len} with a state of {state.segment_len}: a document keeps its own")
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, state: LM2State | None = None, *, keep: str = "all",
                 segment_len: int | None = None, write: bool = True, trace: list | None = None
@@ -369,12 +386,14 @@ class LM2(nn.Module):
         """
         if idx.ndim != 2 or idx.dtype != torch.int64 or idx.shape[1] < 1:
             raise ValueError(f"idx must be (B, T) int64 with T >= 1, not {tuple(idx.shape)} {idx.dtype}")
+        if targets is not None and targets.shape != idx.shape:
+            raise ValueError(f"targets are {tuple(targets.shape)}, idx is {tuple(idx.shape)}: they must be of one shape")
         if keep not in ("all", "last", "targets") or (keep == "targets" and targets is None):
             raise ValueError(f"keep is {keep!r}: it must be 'all', 'last' or, with targets, 'targets'")
         if state is None:
             state = self.initial_state(idx.shape[0], segment_len)
-        elif state.blocks[0].k.shape[0] != idx.shape[0]:
-            raise ValueError(f"idx has {idx.shape[0]} rows, the state {state.blocks[0].k.shape[0]}")
+        else:
+            self.check_state(state, idx.shape[0], segment_len)
         S, T, fill, start, out = state.segment_len, idx.shape[1], state.fill, 0, []
         blocks = list(state.blocks)
         x = self.tok_embeddings(idx)                                            # (B, T, D)
@@ -382,9 +401,10 @@ class LM2(nn.Module):
             left = T - start
             n = min(left, S - fill) if fill else left // S * S or left
             piece = x[:, start:start + n]
+            turn = self.turns(fill, fill + min(n, S))                           # positions restart in every segment
             for i, block in enumerate(self.layers):
                 note = None if trace is None else dict(layer=i, start=start)
-                piece, blocks[i] = block(piece, blocks[i], fill, state.owned, (self.cos, self.sin), write, note)
+                piece, blocks[i] = block(piece, blocks[i], fill, state.owned, turn, write, note)
                 if trace is not None:
                     trace.append(note)
             out.append(piece)
@@ -397,13 +417,9 @@ class LM2(nn.Module):
         logits = self.output(self.norm(x))
         loss = None
         if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, -2).to(self.null_dtype), targets.flatten(), ignore_index=-1)
+            loss = F.cross_entropy(logits.flatten(0, -2).to(self.dtype), targets.flatten(), ignore_index=-1, reduction="sum")
+            loss = loss / (targets != -1).sum().clamp(min=1)
         return logits, loss, LM2State(blocks, fill, state.owned)
-
-    @property
-    def null_dtype(self) -> torch.dtype:
-        """Losses and banks are kept in at least float32."""
-        return torch.promote_types(self.norm.weight.dtype, torch.float32)
 
     @torch.no_grad()
     def read(self, idx: Tensor, state: LM2State | None = None, write: bool = True, tokens_a_call: int = 16384
@@ -412,11 +428,12 @@ class LM2(nn.Module):
         state = state or self.initial_state(idx.shape[0])
         start, S = 0, state.segment_len
         step = max(1, tokens_a_call // (idx.shape[0] * S)) * S
-        while start < idx.shape[1]:
+        while True:  # at least one call: it refuses an empty idx
             stop = start + step - state.fill
             logits, _, state = self(idx[:, start:stop], state=state, keep="last", write=write)
             start = stop
-        return logits[:, -1], state
+            if start >= idx.shape[1]:
+                return logits[:, -1], state
 
     @torch.no_grad()
     def stream(self, idx: Tensor, max_new_tokens: int, temperature: float = 0.0,
@@ -450,42 +467,3 @@ class LM2(nn.Module):
         params = list(self.parameters())
         return [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
                 dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
-
-
-FORMAT = "lm2-checkpoint-1"
-
-
-def save_checkpoint(path: str | Path, model: LM2, **values) -> None:
-    """Write the model and `values` (tensors and plain values only) to `path`; a file that is there stays whole until the
-    new one is complete. Raises OSError if it cannot be written."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".tmp")
-    content = dict(format=FORMAT, config=asdict(model.cfg), model=model.state_dict(), **values)
-    try:
-        with open(partial, "wb") as file:
-            torch.save(content, file)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        partial.unlink(missing_ok=True)
-        raise OSError(f"cannot write the checkpoint {path}: {error}") from None
-
-
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[LM2, dict]:
-    """A file of `save_checkpoint` -> the model on `device`, and everything that the file holds. Raises ValueError, in one
-    line, for a file that is missing, cut short, or of another format."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}: train one (python train.py) or name another with --ckpt")
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except Exception:  # a broken zip, pickle or tensor: torch has no common class for them
-        raise ValueError(f"{path} is cut short or no checkpoint: train again or name another") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is of another format: this code reads {FORMAT}, written by its train.py")
-    try:
-        with torch.device(device):
-            model = LM2(LM2Config(**content["config"]))
-        model.load_state_dict(content["model"], strict=True)
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} does not fit this code: {str(error).splitlines()[0]}") from None
-    return model, content

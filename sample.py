@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from babilong_eval import pick_device
+from data.checkpoint import load_checkpoint
 from data.cli import Parser, one_line
 from data.tokenizer import Tokenizer
-from lm2 import load_checkpoint
 
 
 def read_text(name: str) -> str:

@@ -27,9 +27,10 @@ from babilong_eval import evaluate, exact_match, pick_device, save_predictions, 
 from data import background
 from data.babi import TASKS
 from data.babilong import Builder, parse_length
+from data.checkpoint import load_checkpoint, save_checkpoint
 from data.cli import Parser, one_line
 from data.tokenizer import Tokenizer, load
-from lm2 import PRESETS, LM2, LM2Config, load_checkpoint, save_checkpoint
+from lm2 import PRESETS, LM2, LM2Config
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class TrainConfig:
     tasks: str = "qa1"                  # bAbI tasks to train on and to evaluate, with spaces between
     stages: str = "2:0 4:0 10:0 10:2:64 10:4:64 10:8:64 10:16:64 10:8 10:16"  # facts:segments[:tokens a segment], see Stage
     tokens: int = 12_000_000            # tokens to train on, all stages together; the learning rate ends at 0 there
-    batch_size: int = 32                # documents in a micro-batch
+    batch_size: int = 32                # most documents in a micro-batch
+    batch_tokens: int = 32768           # most tokens in a micro-batch: long documents come in smaller ones
     accumulate: int = 1                 # micro-batches a step
     plain: float = 0.1                  # share of batches without background once there is some, so 0k is not forgotten
     leave_at: float = 0.9               # a stage is left when this share of its longest documents' answers is right ...
@@ -64,7 +66,7 @@ class TrainConfig:
     table_n: int = 200                  # samples a cell of that table
 
     def __post_init__(self):
-        for name in ("tokens", "batch_size", "accumulate", "leave_window", "log_every", "eval_every", "eval_n", "table_n"):
+        for name in ("tokens", "batch_size", "batch_tokens", "accumulate", "leave_window", "log_every", "eval_every", "eval_n", "table_n"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
         if self.preset not in PRESETS:
@@ -79,7 +81,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the curriculum: documents of 2 .. `facts` facts in 1 .. `segments` segments (both drawn uniformly)."""
+    """One stage of the curriculum: documents of 2 .. `facts` facts in 1 .. `segments` segments."""
     facts: int                          # most facts in a document
     segments: int                       # most segments; 0: the facts alone, without background
     segment_len: int                    # tokens in a segment: short ones first, an update of the memory costs less
@@ -96,12 +98,13 @@ class Stage:
         return stage
 
 
-def make_batch(builder: Builder, tasks: list[str], stage: Stage, plain: float, size: int, rng: random.Random
+def make_batch(builder: Builder, tasks: list[str], stage: Stage, c: TrainConfig, rng: random.Random
                ) -> tuple[Tensor, Tensor, int]:
-    """idx and targets (B, T) of `size` documents with about as many segments each, padded on the right, and that number."""
+    """idx and targets (B, T) of documents with equally many segments, padded on the right, and how many those are."""
     S = stage.segment_len
-    bare = stage.segments == 0 or rng.random() < plain
-    segments = 1 + int(rng.random() * max(1, stage.segments))
+    bare = stage.segments == 0 or rng.random() < c.plain
+    segments = stage.segments if rng.random() < 0.5 else 1 + int(rng.random() * stage.segments)  # half of them longest
+    size = max(1, min(c.batch_size, c.batch_tokens // (S * max(1, segments))))
     room = (0, 0) if bare else ((segments - 1) * S + 1, segments * S)
     documents = [builder.lesson(tasks, 2 + int(rng.random() * (stage.facts - 1)), room, rng) for _ in range(size)]
     T = max(len(d.ids) for d in documents)
@@ -199,7 +202,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for _ in range(c.accumulate):
-            idx, targets, segments = make_batch(self.train_set, c.tasks.split(), stage, c.plain, c.batch_size, self.rng)
+            idx, targets, segments = make_batch(self.train_set, c.tasks.split(), stage, c, self.rng)
             idx, targets = idx.to(self.device), targets.to(self.device)
             with self.autocast:
                 logits, loss, _ = self.model(idx, targets, keep="targets", segment_len=stage.segment_len)

@@ -1,9 +1,9 @@
-"""LM2 once more in plain loops over tokens, heads and slots, for one document: slow, and written from the equations.
+"""LM2 once more, one document in plain loops over tokens, heads and slots: slow, written from the equations.
 
     from reference import document_logits       # used by test_model.py, writes nothing
 
-It shares no code with lm2.py and works on vectors only (no matrix product, no batch, no cache), so autograd gives the
-gradients as well. `w` is a dict of parameters by name, `c` the configuration, `ids` a list of token ids.
+It shares no code with lm2.py and works on vectors only (no matrix product, no batch, no cache); autograd
+gives the gradients as well. `w`: parameters by name, `c`: the configuration, `ids`: a list of token ids.
 """
 import math
 
@@ -32,7 +32,7 @@ def sigmoid(x):
 
 
 def frequency(c, i):
-    """Angle per position of the pair (2i, 2i+1), Llama-3 scaling as its three cases, wave length against context."""
+    """Angle per position of the pair (2i, 2i+1); Llama-3 scaling as its three cases of the wave length."""
     width = c.n_embd // c.n_head
     f = 1 / c.rope_theta ** (2 * i / width)
     if c.rope_scaling is None:
@@ -79,14 +79,15 @@ def self_attention(w, c, at, xs, cos, sin):
     for i in range(len(xs)):
         heads = []
         for h in range(c.n_head):
-            weights = softmax([(queries[i][h] * keys[j][h // share]).sum() / math.sqrt(width) for j in range(i + 1)])
-            heads.append(sum(a * values[j][h // share] for j, a in enumerate(weights)))
+            k, v = [row[h // share] for row in keys], [row[h // share] for row in values]
+            weights = softmax([(queries[i][h] * k[j]).sum() / math.sqrt(width) for j in range(i + 1)])
+            heads.append(sum(a * v[j] for j, a in enumerate(weights)))
         out.append(times(w[at + "attention.wo.weight"], torch.cat(heads)))
     return out
 
 
 def memory(w, c, at, xs, bank):
-    """One segment: what each token reads from `bank` (a list of N vectors), and the bank that the segment leaves."""
+    """One segment: what each token reads from `bank` (a list of N vectors), and the bank that it leaves."""
     D, HM = c.n_embd, c.n_mem_head
     width = D // HM
     cut = [slice(h * width, (h + 1) * width) for h in range(HM)]
@@ -99,7 +100,8 @@ def memory(w, c, at, xs, bank):
 
     E = [rms_norm(x, w[at + "memory.token_norm.weight"], c.norm_eps) for x in xs]
     normed = [rms_norm(m, w[at + "memory.bank_norm.weight"], c.norm_eps) for m in bank]
-    Q, K, V = [project("wq", e) for e in E], [project("wk", m) for m in normed], [project("wv", m) for m in normed]
+    Q, K = [project("wq", e) for e in E], [project("wk", m) for m in normed]
+    V = [project("wv", m) for m in normed]
 
     def score(i, n, h):
         return (Q[i][cut[h]] * K[n][cut[h]]).sum() / math.sqrt(width)
@@ -108,12 +110,12 @@ def memory(w, c, at, xs, bank):
     for i in range(len(xs)):
         E_mem = []
         for h in range(HM):
-            A = softmax([score(i, n, h) for n in range(c.n_slot)])                               # Eq. (1)
+            A = softmax([score(i, n, h) for n in range(c.n_slot)])  # Eq. (1)
             E_mem.append(sum(a * V[n][cut[h]] for n, a in enumerate(A)))
         E_mem = torch.cat(E_mem)
-        read.append(gate("w_out", E_mem) * E_mem)                                                # Eq. (2), (3)
+        read.append(gate("w_out", E_mem) * E_mem)  # Eq. (2), (3)
 
-    candidate = [gate("w_in", e) * torch.tanh(project("w_write", e)) for e in E]                 # Eq. (4)
+    candidate = [gate("w_in", e) * torch.tanh(project("w_write", e)) for e in E]  # Eq. (4)
     after = []
     for n in range(c.n_slot):
         C, wrote = [], []
@@ -122,13 +124,13 @@ def memory(w, c, at, xs, bank):
             C.append(sum(R[i] * candidate[i][cut[h]] for i in range(len(xs))))
             wrote += [1 - R[-1]] * width
         C, wrote = torch.cat(C), torch.stack(wrote)
-        g_forget = gate("w_forget", C)                                                           # Eq. (5)
-        after.append(C + (1 - wrote * (1 - g_forget)) * bank[n])                                 # Eq. (6)
+        g_forget = gate("w_forget", C)  # Eq. (5)
+        after.append(C + (1 - wrote * (1 - g_forget)) * bank[n])  # Eq. (6)
     return read, after
 
 
 def document_logits(w, c, ids, rope=None):
-    """Logits of every token, a list of (V) vectors, and the banks left behind (per block with memory, a list of N).
+    """Logits of every token, a list of (V) vectors, and the banks left behind, N vectors a block with memory.
 
     rope: (cos, sin) for the positions of one segment; None computes them here in double precision.
     """

@@ -1,0 +1,837 @@
+"""The scripts end to end on a tiny model: training, resuming, sampling, and what they say to a mistake.
+
+    python -m pytest tests/test_scripts.py -q
+
+Everything runs in this process through main(argv), but for two true command lines.
+"""
+import contextlib
+import importlib
+import io
+import itertools
+import json
+import math
+import random
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
+
+import babilong_eval  # noqa: E402
+import lm2  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+from data import babi, babilong  # noqa: E402
+from data.tokenizer import Tokenizer, load  # noqa: E402
+from data.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from lm2 import LM2, LM2Config  # noqa: E402
+from test_babilong import book  # noqa: E402
+
+torch.set_num_threads(1)
+
+SIZES = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=16, ffn_dim=32, n_slot=4, n_mem_head=2)
+MODEL = [x for name, value in dict(SIZES, segment_len=64).items() for x in (f"--{name}", str(value))]
+TINY = MODEL + ["--batch_size", "4", "--warmup", "5", "--table_lengths", "0k", "--table_n", "2", "--eval_n",
+                "2", "--log_every",
+                "1", "--threads", "1", "--device", "cpu"]
+ROOMS = {"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("books")
+    (path / "book.txt").write_text(book(1500), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def fit(folder):
+    """fit(out_dir, *flags) runs train.py on the tiny model -> what it printed."""
+    def run(out, *flags):
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            train.main([*TINY, "--background", str(folder), "--out_dir", str(out), *flags])
+        return text.getvalue()
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(fit, tmp_path_factory):
+    """A tiny model trained for a few seconds: its folder, and what train.py printed."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    return out, fit(out, "--tokens", "12000", "--stages", "2:0 3:2", "--stage_steps", "40", "--leave_window",
+                    "6", "--lr", "1e-2",
+                    "--eval_every", "25", "--table_lengths", "0k 150", "--table_n", "3")
+
+
+@pytest.fixture(scope="session")
+def wild(tmp_path_factory):
+    """A checkpoint of random weights whose answers hang on every word of the prompt and on the memory."""
+    torch.manual_seed(0)
+    tokenizer = load()
+    model = LM2(LM2Config(vocab_size=tokenizer.n_vocab, segment_len=32, **SIZES))
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.memory.wv.weight.mul_(6)
+        model.output.weight[:] = 0
+        model.output.weight[-100:-1] = torch.randn(99, 16)
+    path = tmp_path_factory.mktemp("wild") / "ckpt.pt"
+    save_checkpoint(path, model, tokenizer=tokenizer.ranks)
+    return path
+
+
+SHORT = ["--tokens", "700", "--stages", "2:0 3:2", "--stage_steps", "3"]
+
+
+@pytest.fixture(scope="module")
+def short(fit, tmp_path_factory):
+    """The folder of a run of a few steps, without validation."""
+    out = tmp_path_factory.mktemp("short")
+    fit(out, *SHORT, "--eval_every", "1000")
+    return out
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def refused(capsys, main, *argv):
+    """The one line on standard error with which main(argv) ends, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(x) for x in argv])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2, err
+    assert err.endswith("\n") and len(err.splitlines()) == 1, err
+    assert "Traceback" not in err and "usage" not in err and len(err) > 20
+    return err
+
+
+def same_tensors(a, b):
+    """Whether two nests of tensors and plain values are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_tensors(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_tensors, a, b))
+    return a == b
+
+
+def content(out, *names):
+    saved = torch.load(Path(out) / "ckpt.pt", weights_only=True)
+    return {name: saved[name] for name in names}
+
+
+# Training
+
+def test_training_writes_a_checkpoint_metrics_and_predictions_and_no_other_file(trained):
+    assert {p.name for p in trained[0].iterdir()} == {"ckpt.pt", "metrics.jsonl", "predictions.jsonl"}
+
+
+def test_training_prints_configuration_parameters_device_and_threads_before_the_first_step(trained):
+    model, _ = load_checkpoint(trained[0] / "ckpt.pt")
+    total, memory = model.n_params()
+    head = trained[1].split("validation")[0]
+    for words in ("stage_steps=40", "n_embd=16", f"{total:,}", f"{memory:,}", "cpu (asked)", "float32",
+                  "1 threads"):
+        assert words in head
+
+
+def test_training_ends_with_the_table_of_its_predictions(trained):
+    rows = babilong_eval.load_predictions(trained[0] / "predictions.jsonl")
+    assert len(rows) == 2 * 3 * 2
+    assert trained[1].rstrip().endswith(babilong_eval.table(rows).rstrip())
+
+
+def test_every_line_of_the_metrics_is_json_with_the_step_and_the_tokens_so_far(trained):
+    rows = lines(trained[0] / "metrics.jsonl")
+    steps = [r for r in rows if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, len(steps) + 1))
+    assert all({"tokens", "seconds", "accuracy", "lr", "stage", "grad_norm"} <= set(r) for r in steps)
+    tokens = [r["tokens"] for r in steps]
+    assert tokens == sorted(set(tokens)) and tokens[-2] < 12000 <= tokens[-1]
+    checks = [r for r in rows if "validation" in r]
+    assert [r["step"] for r in checks] == [n for n in range(25, len(steps), 25)]
+    assert all(set(r["validation"]) == {"qa1 0k", "qa1 150"} for r in checks)
+
+
+def test_the_learning_rate_of_every_step_is_that_of_the_schedule(trained):
+    steps = [r for r in lines(trained[0] / "metrics.jsonl") if "loss" in r]
+    c = train.TrainConfig(**content(trained[0], "train")["train"])
+    before = [0] + [r["tokens"] for r in steps]
+    rates = [round(train.learning_rate(c, i, tokens / 12000), 6) for i, tokens in enumerate(before[:-1])]
+    assert [r["lr"] for r in steps] == rates
+
+
+def test_the_loss_falls_from_that_of_guessing_to_that_of_knowing_the_rooms(trained):
+    losses = [r["loss"] for r in lines(trained[0] / "metrics.jsonl") if "loss" in r]
+    assert abs(losses[0] - math.log(2048)) < 0.3
+    assert sum(losses[-10:]) / 10 < 2.2, losses
+
+
+def test_a_batch_seen_again_and_again_is_learned_by_heart(folder, tmp_path, monkeypatch):
+    trainer = make(folder, tmp_path, "--lr", "2e-2", "--n_embd", "32", "--tokens", "100000", "--decay",
+                   "0.01")
+    batch = train.make_batch(trainer.train_set, ["qa1"], train.Stage(2, 0, 64), trainer.c, random.Random(0))
+    monkeypatch.setattr(train, "make_batch", lambda *_: batch)
+    numbers = [trainer.train_step() for _ in range(60)]
+    assert numbers[-1]["loss"] < 0.1 and numbers[-1]["accuracy"] == 1.0
+
+
+def make(folder, out, *flags):
+    return train.Trainer(*train.read_flags([*TINY, "--background", str(folder), "--out_dir", str(out),
+                                            *flags]))
+
+
+def advance(trainer, steps):
+    for _ in range(steps):
+        trainer.train_step()
+        trainer.next_stage()
+    return trainer
+
+
+def snapshot(trainer):
+    return dict(model=trainer.model.state_dict(), optimizer=trainer.optimizer.state_dict()["state"],
+                step=trainer.step,
+                tokens=trainer.tokens, stage=trainer.stage, stage_step=trainer.stage_step,
+                recent=list(trainer.recent),
+                rng=trainer.rng.getstate())
+
+
+def test_saved_and_resumed_half_way_it_ends_bit_for_bit_as_a_run_in_one_go(folder, tmp_path):
+    flags = ["--tokens", "100000", "--stages", "2:0 3:1 3:2", "--stage_steps", "2", "--plain", "0"]
+    straight = advance(make(folder, tmp_path / "a", *flags), 8)
+    first = advance(make(folder, tmp_path / "b", *flags), 5)
+    assert first.stage == 2 and first.stage_step == 1
+    first.save()
+    kept = snapshot(first)
+    kept = dict(kept, model={k: v.clone() for k, v in kept["model"].items()})
+    second = train.Trainer(*train.read_flags(["--resume", "--out_dir", str(tmp_path / "b")]))
+    assert same_tensors(snapshot(second), kept)
+    assert second.c == first.c and second.model.cfg == first.model.cfg
+    assert same_tensors(snapshot(advance(second, 3)), snapshot(straight))
+
+
+def test_stopped_by_the_clock_and_resumed_by_the_flag_it_ends_as_a_run_in_one_go(fit, tmp_path, monkeypatch):
+    flags = ["--tokens", "2500", "--stages", "2:0 3:2", "--stage_steps", "6", "--eval_every", "4"]
+    fit(tmp_path / "straight", *flags)
+    clock = itertools.count()
+    monkeypatch.setattr(train.time, "perf_counter", lambda: float(next(clock)))     # a second a look at it
+    fit(tmp_path / "stopped", *flags, "--minutes", "0.1")
+    assert 0 < content(tmp_path / "stopped", "progress")["progress"][1] < 2500
+    before = (tmp_path / "stopped" / "metrics.jsonl").read_text(encoding="utf-8")
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main(["--resume", "--out_dir", str(tmp_path / "stopped"), "--minutes", "1000"])
+    same = ("model", "optimizer", "rng", "recent", "config", "tokenizer")
+    assert same_tensors(content(tmp_path / "straight", *same), content(tmp_path / "stopped", *same))
+    assert (tmp_path / "stopped" / "metrics.jsonl").read_text(encoding="utf-8").startswith(before)
+    for file in ("metrics.jsonl", "predictions.jsonl"):
+        runs = [[{k: v for k, v in r.items() if k != "seconds"} for r in lines(tmp_path / run / file)]
+                for run in ("straight", "stopped")]
+        assert runs[0] == runs[1]
+
+
+def test_what_is_evaluated_and_for_how_long_may_change_on_resuming(folder, tmp_path):
+    advance(make(folder, tmp_path, "--tokens", "100000"), 1).save()
+    again = train.Trainer(*train.read_flags(["--resume", "--out_dir", str(tmp_path), "--table_n", "7",
+                                             "--minutes", "3"]))
+    assert (again.c.table_n, again.c.minutes, again.c.tokens, again.step) == (7, 3.0, 100000, 1)
+
+
+@pytest.mark.parametrize("flags, same", [
+    (["--eval_every", "1000"], True), (["--eval_every", "2"], True), (["--seed", "1"], False)])
+def test_the_seed_decides_the_weights_and_validation_on_the_way_does_not(fit, short, tmp_path, flags, same):
+    fit(tmp_path, *SHORT, *flags)
+    assert same_tensors(content(short, "model", "rng"), content(tmp_path, "model", "rng")) is same
+
+
+def test_training_and_validation_use_their_own_parts_of_the_data(folder, tmp_path):
+    trainer = make(folder, tmp_path)
+    assert (trainer.train_set.part, trainer.val_set.part) == ("train", "val")
+    assert len(trainer.train_set.prose) > 4 * len(trainer.val_set.prose)
+
+
+def test_validation_gives_the_same_numbers_every_time_and_leaves_training_mode_on(folder, tmp_path):
+    trainer = make(folder, tmp_path, "--eval_n", "8", "--table_lengths", "0k 150")
+    assert trainer.validate() == trainer.validate()
+    assert set(trainer.validate()) == {"qa1 0k", "qa1 150"} and trainer.model.training
+
+
+def test_the_flags_of_the_optimiser_reach_it(folder, tmp_path):
+    groups = make(folder, tmp_path, "--weight_decay", "0.3", "--beta2", "0.7").optimizer.param_groups
+    assert [g["weight_decay"] for g in groups] == [0.3, 0.0] and {g["betas"] for g in groups} == {(0.9, 0.7)}
+
+
+def test_long_gradients_are_cut_to_the_asked_length_and_logged_as_they_were(folder, tmp_path, monkeypatch):
+    trainer, seen = make(folder, tmp_path, "--clip", "0.01"), []
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: seen.extend(
+        p.grad.norm() for p in trainer.model.parameters() if p.grad is not None))
+    assert trainer.train_step()["grad_norm"] > 0.1
+    assert torch.stack(seen).norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_gradients_of_micro_batches_add_up_to_their_mean(folder, tmp_path, monkeypatch):
+    first = make(folder, tmp_path)
+    batches = [train.make_batch(first.train_set, ["qa1"], train.Stage(2, 0, 64), first.c, random.Random(i))
+               for i in range(2)]
+
+    def norm(*order, accumulate):
+        trainer, given = make(folder, tmp_path, "--accumulate", str(accumulate)), iter(order)
+        monkeypatch.setattr(train, "make_batch", lambda *_: next(given))
+        return trainer.train_step()
+    one, two = norm(batches[0], accumulate=1), norm(batches[0], batches[0], accumulate=2)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    assert two["loss"] == pytest.approx(one["loss"])
+    other = norm(batches[1], accumulate=1)
+    assert norm(*batches, accumulate=2)["loss"] == pytest.approx((one["loss"] + other["loss"]) / 2)
+
+
+# Curriculum and learning rate
+
+def curriculum(folder, out):
+    return make(folder, out, "--stages", "2:0 4:2:32 6:3", "--leave_window", "4", "--leave_at", "0.75",
+                "--stage_steps", "50")
+
+
+def test_a_stage_is_left_when_its_latest_batches_are_right_often_enough(folder, tmp_path):
+    trainer = curriculum(folder, tmp_path)
+    trainer.recent.extend([0.5, 1.0, 0.5, 0.9])
+    trainer.stage_step = 10
+    assert trainer.next_stage() is None and trainer.stage == 0
+    trainer.recent.extend([1.0, 0.6])           # the latest four are 0.5, 0.9, 1.0 and 0.6
+    line = trainer.next_stage()
+    assert (trainer.stage, trainer.stage_step, list(trainer.recent)) == (1, 0, [])
+    assert "75%" in line and "after 10 steps" in line and "4 facts, 2 of 32" in line
+
+
+def test_a_stage_is_not_left_before_its_window_of_batches_is_full(folder, tmp_path):
+    trainer = curriculum(folder, tmp_path)
+    trainer.recent.extend([1.0] * 3)
+    assert trainer.next_stage() is None and trainer.stage == 0
+
+
+def test_a_stage_is_left_when_its_steps_are_spent(folder, tmp_path):
+    trainer = curriculum(folder, tmp_path)
+    trainer.stage_step = 49
+    assert trainer.next_stage() is None
+    trainer.stage_step = 50
+    assert trainer.next_stage() and trainer.stage == 1
+
+
+def test_the_last_stage_is_never_left(folder, tmp_path):
+    trainer = curriculum(folder, tmp_path)
+    trainer.stage, trainer.stage_step = 2, 10_000
+    trainer.recent.extend([1.0] * 4)
+    assert trainer.next_stage() is None and trainer.stage == 2
+
+
+def test_only_batches_of_a_stages_most_segments_count_towards_leaving_it(folder, tmp_path, monkeypatch):
+    trainer, made, real = make(folder, tmp_path, "--stages", "3:3", "--tokens",
+                               "100000"), [], train.make_batch
+    monkeypatch.setattr(train, "make_batch", lambda *a: made.append(real(*a)) or made[-1])
+    for _ in range(12):
+        trainer.train_step()
+    longest = [n == 3 for _, _, n in made]
+    assert 0 < sum(longest) < 12 and len(trainer.recent) == sum(longest)
+
+
+def test_the_stage_decides_facts_segments_and_their_length(folder, tmp_path, monkeypatch):
+    trainer, seen = curriculum(folder, tmp_path), []
+    trainer.stage = 1
+    monkeypatch.setattr(trainer.model, "forward", lambda *a, segment_len, real=trainer.model.forward, **k:
+                        seen.append(segment_len) or real(*a, segment_len=segment_len, **k))
+    trainer.train_step()
+    assert seen == [32] and trainer.stages == [train.Stage(2, 0, 64), train.Stage(4, 2, 32),
+                                               train.Stage(6, 3, 64)]
+
+
+@pytest.mark.parametrize("schedule, step, done, rate", [
+    ("trapezoid", 0, 0.0, 0.1), ("trapezoid", 4, 0.0, 0.5), ("trapezoid", 9, 0.01, 1.0),
+    ("trapezoid", 100, 0.5, 1.0),
+    ("trapezoid", 100, 0.8, 1.0), ("trapezoid", 100, 0.9, 0.5), ("trapezoid", 100, 1.0, 0.0),
+    ("trapezoid", 100, 1.1, 0.0),
+    ("cosine", 0, 0.0, 0.1), ("cosine", 9, 0.0, 1.0), ("cosine", 100, 0.25, 0.853553),
+    ("cosine", 100, 0.5, 0.5),
+    ("cosine", 100, 1.0, 0.0), ("cosine", 100, 1.1, 0.0)])
+def test_the_learning_rate_warms_up_and_ends_at_zero(schedule, step, done, rate):
+    c = train.TrainConfig(lr=1.0, warmup=10, decay=0.2, schedule=schedule)
+    assert train.learning_rate(c, step, done) == pytest.approx(rate, abs=1e-6)
+
+
+# Checkpoints
+
+def test_a_checkpoint_gives_back_weights_sizes_and_tokenizer(folder, tmp_path):
+    trainer = advance(make(folder, tmp_path), 1)
+    trainer.save()
+    model, saved = load_checkpoint(tmp_path / "ckpt.pt")
+    assert model.cfg == trainer.model.cfg
+    assert same_tensors(dict(model.state_dict()), dict(trainer.model.state_dict()))
+    assert Tokenizer(saved["tokenizer"]).ranks == trainer.tokenizer.ranks
+
+
+@torch.no_grad()
+def read(model, idx, sizes):
+    out, state = [], None
+    for piece in idx.split(sizes, dim=1):
+        logits, _, state = model(piece, state=state)
+        state.owned = True
+        out.append(logits)
+    return torch.cat(out, dim=1), state
+
+
+@pytest.fixture(scope="module")
+def long_model(tmp_path_factory):
+    """From a checkpoint: a model with segments of 128, the same in float64, 4,096 tokens, what they give."""
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("long") / "ckpt.pt"
+    model = LM2(LM2Config(vocab_size=64, segment_len=128, **SIZES))
+    with torch.no_grad():
+        model.output.weight.normal_(std=0.5)
+    save_checkpoint(path, model)
+    model, idx = load_checkpoint(path)[0], torch.randint(64, (1, 4096),
+                                                         generator=torch.Generator().manual_seed(0))
+    double = LM2(model.cfg).double()
+    double.load_state_dict(model.state_dict())
+    return model, double, idx, read(double, idx, [4096])
+
+
+def pieces(way):
+    """The sizes of calls that read 4,096 tokens."""
+    sizes, rng = {"segments": [128] * 32, "tokens": [1] * 4096, "odd": []}[way], random.Random(0)
+    while sum(sizes) < 4096:
+        sizes.append(min(4096 - sum(sizes), rng.choice([1, 3, 127, 128, 129, 300])))
+    return sizes
+
+
+@pytest.mark.parametrize("way", ["segments", "tokens", "odd"])
+def test_4096_tokens_in_pieces_give_the_logits_banks_and_answer_of_one_call(long_model, way):
+    model, double, idx, (whole, end) = long_model
+    parts, last = read(double, idx, pieces(way))
+    assert (whole - parts).abs().max() < 1e-9
+    assert all((a.bank - b.bank).abs().max() < 1e-9 for a, b in zip(end.blocks, last.blocks))
+
+    answers = []    # greedy, in the float32 of the checkpoint
+    for sizes in ([4096], pieces(way) if way != "tokens" else [4000] + [1] * 96):
+        logits, state = read(model, idx, sizes)
+        answers.append([logits[0, -1].argmax().item()])
+        while len(answers[-1]) < 8:
+            logits, _, state = model(torch.tensor([answers[-1][-1:]]), state=state)
+            answers[-1].append(logits[0, -1].argmax().item())
+    assert answers[0] == answers[1] == model.generate(idx, 8)[0, 4096:].tolist()
+
+
+# Sampling
+
+FIRST = "Mary went to the kitchen. John moved to the garden. " * 3
+THEN = "Sandra took the milk. Where is Mary?"
+
+
+def say(capsys, *argv):
+    capsys.readouterr()
+    sample.main([str(x) for x in argv])
+    return capsys.readouterr().out
+
+
+def text_on(monkeypatch, text):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode("utf-8")), encoding="utf-8"))
+
+
+@torch.no_grad()
+def expected(path, text, n, memory=True):
+    """What the checkpoint says to a text, greedily, reading everything again for every token."""
+    model, saved = load_checkpoint(path)
+    tokenizer = Tokenizer(saved["tokenizer"])
+    ids = tokenizer.encode(" " + " ".join(text.split()))
+    for _ in range(n):
+        ids.append(model(torch.tensor([ids]), keep="last", write=memory)[0].argmax().item())
+    return tokenizer.decode(ids[-n:]) + "\n"
+
+
+def test_a_prompt_is_gone_on_from_greedily_with_the_asked_number_of_tokens(wild, capsys):
+    for n in (1, 5):
+        said = say(capsys, "--ckpt", wild, "--prompt", FIRST + THEN, "--max_new_tokens", n)
+        assert said == expected(wild, FIRST + THEN, n)
+
+
+def test_flag_file_standard_input_and_file_with_prompt_are_the_same_text(wild, capsys, tmp_path, monkeypatch):
+    whole, part = tmp_path / "whole.txt", tmp_path / "part.txt"
+    whole.write_text(FIRST + "\n\n  " + THEN + "\n",
+                     encoding="utf-8")      # line ends and runs of spaces are one space
+    part.write_text(FIRST + "\n", encoding="utf-8")
+    by_flag = say(capsys, "--ckpt", wild, "--prompt", FIRST + THEN)
+    assert say(capsys, "--ckpt", wild, "--file", whole) == by_flag
+    assert say(capsys, "--ckpt", wild, "--file", part, "--prompt", THEN) == by_flag
+    text_on(monkeypatch, FIRST + THEN)
+    assert say(capsys, "--ckpt", wild) == by_flag
+    text_on(monkeypatch, FIRST)
+    assert say(capsys, "--ckpt", wild, "--file", "-", "--prompt", THEN) == by_flag
+    assert say(capsys, "--ckpt", wild, "--prompt", THEN + FIRST) != by_flag
+
+
+def test_raw_keeps_the_white_space(wild, capsys):
+    prompt = "Mary  went\n\nto the kitchen."
+    model, saved = load_checkpoint(wild)
+    tokenizer = Tokenizer(saved["tokenizer"])
+    ids = tokenizer.encode(prompt)
+    assert say(capsys, "--ckpt", wild, "--raw", "--prompt", prompt) == tokenizer.decode(
+        model.generate(torch.tensor([ids]), 16)[0, len(ids):].tolist()) + "\n"
+
+
+def test_each_token_is_printed_before_the_next_is_made_and_nothing_after_the_end_of_text(wild, capsys,
+                                                                                         monkeypatch):
+    tokenizer, seen = load(), []
+    euro = tokenizer.encode("€")
+    assert len(euro) > 1        # a character of several tokens appears when it is complete
+
+    def stream(self, *_, **__):
+        for token in [*tokenizer.encode(" garden"), *euro, tokenizer.eot, *tokenizer.encode(" never")]:
+            yield torch.tensor([token])
+            seen.append(capsys.readouterr().out)
+    monkeypatch.setattr(LM2, "stream", stream)
+    sample.main(["--ckpt", str(wild), "--prompt", "Where is Mary?"])
+    assert seen[0] == " garden" and seen[1:] == [""] * (len(euro) - 1) + ["€"]
+    assert capsys.readouterr().out == "\n"
+
+
+def test_a_trained_model_answers_with_a_room_and_stops(trained, capsys):
+    said = say(capsys, "--ckpt", trained[0] / "ckpt.pt", "--prompt",
+               "Mary went to the garden. Where is Mary?")
+    assert said.strip() in ROOMS and said.endswith("\n")
+
+
+@pytest.mark.parametrize("memory", ["on", "off"])
+def test_a_prompt_of_hundreds_of_segments_is_read_with_and_without_memory(wild, capsys, tmp_path, memory):
+    (tmp_path / "long.txt").write_text(book(400), encoding="utf-8")
+    text = (tmp_path / "long.txt").read_text(encoding="utf-8") + THEN
+    said = say(capsys, "--ckpt", wild, "--file", tmp_path / "long.txt", "--prompt", THEN, "--memory", memory,
+               "--max_new_tokens", 2)
+    assert said == expected(wild, text, 2, memory == "on")
+
+
+def test_without_memory_other_words_are_said(wild, capsys):
+    on, off = (say(capsys, "--ckpt", wild, "--prompt", FIRST + THEN, "--memory", m, "--max_new_tokens",
+                   12) for m in ("on", "off"))
+    assert on == expected(wild, FIRST + THEN, 12) != off == expected(wild, FIRST + THEN, 12, memory=False)
+
+
+def test_a_temperature_gives_the_same_words_for_the_same_seed_and_others_for_another(wild, capsys):
+    one, again, other, cold = (say(capsys, "--ckpt", wild, "--prompt", THEN, "--temperature", t, "--seed", s)
+                               for t, s in ((2, 1), (2, 1), (2, 2), (0, 1)))
+    assert one == again and len({one, other, cold}) == 3
+
+
+# Mistakes: one line, exit code 2
+
+@pytest.mark.parametrize("flags, named", [
+    (["--nope", "1"], "--nope"), (["--token", "5"], "--token"), (["--tokens", "many"], "many"),
+    (["--lr", "fast"], "fast"),
+    (["--tokens"], "--tokens"), (["stray"], "stray"), (["--tokens", "0"], "tokens 0"),
+    (["--batch_size", "-1"], "batch_size -1"),
+    (["--tasks", "qa99"], "qa99"), (["--tasks", ""], "tasks"), (["--preset", "huge"], "huge"),
+    (["--schedule", "linear"], "linear"),
+    (["--decay", "0"], "decay 0"), (["--plain", "1.5"], "1.5"),
+    (["--n_head", "3", "--n_kv_head", "3"], "n_head 3"),
+    (["--n_mem_head", "5"], "n_mem_head 5"), (["--n_layer", "0"], "n_layer is 0"),
+    (["--n_slot", "99"], "n_slot 99"),
+    (["--stages", "2"], "'2'"), (["--stages", "2:x"], "2:x"), (["--stages", "2:0 1:0"], "1:0"),
+    (["--stages", "2:1:999"], "2:1:999"),
+    (["--stages", "2:1:9:9"], "2:1:9:9"), (["--stages", ""], "--stages"), (["--table_lengths", "4x"], "4x"),
+    (["--device", "gpu7"], "gpu7"), (["--threads", "-1"], "-1"), (["--resume", "--n_embd", "32"], "--n_embd"),
+    (["--resume", "--tokens", "99"], "--tokens"), (["--clip", "-1"], "clip -1"), (["--lr", "-1"], "-1"),
+    (["--lr", "nan"], "nan"),
+])
+def test_train_names_a_flag_that_cannot_be(capsys, tmp_path, folder, flags, named):
+    base = [] if "--resume" in flags else [*MODEL, "--background", folder, "--tokens", "50", "--table_n", "1"]
+    assert named in refused(capsys, train.main, *base, "--out_dir", tmp_path / "run", *flags)
+    assert not (tmp_path / "run" / "ckpt.pt").exists()
+
+
+def test_train_names_a_length_too_short_for_the_facts_before_it_trains(capsys, tmp_path, folder):
+    err = refused(capsys, train.main, *TINY, "--tokens", "50", "--table_lengths", "0k 7", "--background",
+                  folder, "--out_dir",
+                  tmp_path / "run")
+    assert "length 7 is too short" in err
+    assert not (tmp_path / "run" / "ckpt.pt").exists(), "hours of training would come before this line"
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--nope", "1"], "--nope"), (["--task", "qa1"], "--task"), (["--n", "few"], "few"),
+    (["--n", "0"], "n 0"),
+    (["--max_tokens", "0"], "max_tokens 0"), (["--tasks", "qa99"], "qa99"), (["--tasks"], "--tasks"),
+    (["--lengths", "7"], "7"),
+    (["--lengths", "4q"], "4q"), (["--memory", "maybe"], "maybe"), (["--device", "gpu7"], "gpu7"),
+    (["--out", "no/such/folder/x.jsonl"], "no/such/folder"), (["--ckpt", "no/ckpt.pt"], "no/ckpt.pt"),
+    (["--background", "no/books"], "no/books"), (["--from_predictions", "no/p.jsonl"], "no/p.jsonl"),
+])
+def test_babilong_eval_names_a_flag_that_cannot_be(capsys, wild, folder, tmp_path, monkeypatch, flags, named):
+    monkeypatch.chdir(tmp_path)
+    assert named in refused(capsys, babilong_eval.main, "--ckpt", wild, "--background", folder, "--n", "1",
+                            *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_babilong_eval_names_a_wrong_task_or_length_before_the_first_answer(capsys, wild, folder,
+                                                                            monkeypatch):
+    monkeypatch.setattr(babilong_eval, "answer", lambda *_: pytest.fail("an answer was asked for"))
+    for flags in (["--tasks", "qa1", "qa99"], ["--lengths", "0k", "7"]):
+        assert flags[-1] in refused(capsys, babilong_eval.main, "--ckpt", wild, "--background", folder,
+                                    *flags)
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--nope", "1"], "--nope"), (["--temp", "1"], "--temp"), (["--max_new_tokens", "few"], "few"),
+    (["--max_new_tokens", "-1"], "-1"), (["--temperature", "-0.5"], "-0.5"), (["--memory", "maybe"], "maybe"),
+    (["--device", "gpu7"], "gpu7"), (["--ckpt", "no/ckpt.pt"], "no/ckpt.pt"),
+    (["--file", "no/book.txt"], "no/book.txt"),
+    (["--prompt", "  \n "], "empty"),
+])
+def test_sample_names_a_flag_that_cannot_be(capsys, wild, flags, named):
+    assert named in refused(capsys, sample.main, "--ckpt", wild, "--prompt", "Where is Mary?", *flags)
+
+
+def test_sample_says_that_standard_input_or_a_file_is_empty(capsys, wild, tmp_path, monkeypatch):
+    text_on(monkeypatch, " \n")
+    assert "empty" in refused(capsys, sample.main, "--ckpt", wild)
+    (tmp_path / "nothing.txt").write_bytes(b"")
+    assert "empty" in refused(capsys, sample.main, "--ckpt", wild, "--file", tmp_path / "nothing.txt")
+
+
+def test_sample_names_a_file_that_is_not_utf_8(capsys, wild, tmp_path):
+    (tmp_path / "latin.txt").write_bytes("Möbel".encode("latin-1"))
+    err = refused(capsys, sample.main, "--ckpt", wild, "--file", tmp_path / "latin.txt")
+    assert "latin.txt" in err and "UTF-8" in err and "byte 1" in err
+
+
+@pytest.mark.parametrize("main", [babi.main, babilong.main])
+@pytest.mark.parametrize("flags, named", [(["--task", "qa99"], "qa99"), (["--nope"], "--nope"),
+                                          (["--see", "1"], "--see"),
+                                          (["--seed", "x"], "'x'")])
+def test_the_data_scripts_name_a_flag_that_cannot_be(capsys, folder, main, flags, named):
+    assert named in refused(capsys, main, *(["--background", folder] if main is babilong.main else []),
+                            *flags)
+
+
+@pytest.mark.parametrize("length, named", [("7", "length 7 is too short"), ("4q", "4q")])
+def test_a_sample_that_cannot_be_shown_is_named(capsys, folder, length, named):
+    assert named in refused(capsys, babilong.main, "--background", folder, "--length", length)
+
+
+@pytest.mark.parametrize("files, named", [
+    (None, "does not exist"), ({}, "no .txt file"), ({"a.txt": b""}, "no English sentence"),
+    ({"a.txt": b"The old captain watched the wet river near the lamp \xff."}, "a.txt is not UTF-8"),
+    ({"a.md": b"The old captain watched the wet river near the old broken lamp."}, "no .txt file")])
+def test_a_background_that_cannot_be_used_is_named_by_every_script(capsys, wild, tmp_path, files, named):
+    books = tmp_path / "books"
+    if files is not None:
+        books.mkdir()
+        for name, text in files.items():
+            (books / name).write_bytes(text)
+    for main, flags in ((train.main, [*TINY, "--out_dir", tmp_path / "run"]),
+                        (babilong_eval.main, ["--ckpt", wild]), (babilong.main, [])):
+        err = refused(capsys, main, *flags, "--background", books)
+        assert "books" in err and named in err
+    assert not (tmp_path / "run").exists()
+
+
+def broken_checkpoints(wild, folder):
+    """Files that are no checkpoint: (name, what the line says)."""
+    whole = wild.read_bytes()
+    for share in (0.0, 0.001, 0.3, 0.7, 0.99, 1.0):
+        (folder / f"cut{share}").write_bytes(whole[:min(int(share * len(whole)), len(whole) - 1)])
+        yield f"cut{share}", "cut short or no checkpoint"
+    (folder / "text").write_text("Mary went to the kitchen.\n" * 50, encoding="utf-8")
+    yield "text", "cut short or no checkpoint"
+    saved = torch.load(wild, weights_only=True)
+    for name, value, says in (
+            ("tensor", torch.zeros(3), "another format"), ("other", {"model": {}}, "another format"),
+            ("older", dict(saved, format="lm2-checkpoint-0"), "another format"),
+            ("object", {"path": Path("x")}, "no checkpoint"),
+            ("sizes", dict(saved, config=dict(saved["config"], n_embd=32)), "does not fit"),
+            ("unknown", dict(saved, config=dict(saved["config"], colour=1)), "does not fit"),
+            ("empty", dict(saved, model={}), "does not fit"),
+            ("bare", {"format": lm2.FORMAT}, "does not fit")):
+        torch.save(value, folder / name)
+        yield name, says
+
+
+def test_every_script_names_a_checkpoint_that_is_none(capsys, wild, folder, tmp_path):
+    for name, says in broken_checkpoints(wild, tmp_path):
+        err = refused(capsys, sample.main, "--ckpt", tmp_path / name, "--prompt", "Where is Mary?")
+        assert str(tmp_path / name) in err and says in err, name
+    assert "cut0.3" in refused(capsys, babilong_eval.main, "--ckpt", tmp_path / "cut0.3", "--background",
+                               folder)
+    (tmp_path / "ckpt.pt").write_bytes(wild.read_bytes()[:5000])
+    assert "cut short" in refused(capsys, train.main, "--resume", "--out_dir", tmp_path)
+
+
+def test_a_model_saved_without_a_tokenizer_is_named(capsys, folder, tmp_path):
+    save_checkpoint(tmp_path / "ckpt.pt", LM2(LM2Config(vocab_size=64, segment_len=32, **SIZES)))
+    assert "tokenizer" in refused(capsys, sample.main, "--ckpt", tmp_path / "ckpt.pt", "--prompt",
+                                  "Where is Mary?")
+    assert "tokenizer" in refused(capsys, babilong_eval.main, "--ckpt", tmp_path / "ckpt.pt", "--background",
+                                  folder)
+
+
+def test_resuming_without_a_checkpoint_or_from_one_without_training_is_refused(capsys, wild, tmp_path):
+    assert str(tmp_path / "ckpt.pt") in refused(capsys, train.main, "--resume", "--out_dir", tmp_path)
+    (tmp_path / "ckpt.pt").write_bytes(wild.read_bytes())
+    assert "no training to resume" in refused(capsys, train.main, "--resume", "--out_dir", tmp_path)
+
+
+@pytest.mark.parametrize("inside", ["", "run"])
+def test_an_out_dir_where_a_file_stands_is_named(capsys, folder, tmp_path, inside):
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    out = tmp_path / "file" / inside
+    assert str(out) in refused(capsys, train.main, *TINY, "--tokens", "50", "--background", folder,
+                               "--out_dir", out)
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
+def half(content, file, *_, **__):
+    file.write(b"half of it")
+    raise RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 64 vs 0")
+
+
+def full(content, file, *_, **__):
+    file.write(b"half of it")
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("failure", [half, full, "a folder"])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one_byte_for_byte(capsys, folder, fit, tmp_path,
+                                                                              monkeypatch, failure):
+    out = tmp_path / "run"
+    fit(out, "--tokens", "50")
+    before = (out / "ckpt.pt").read_bytes()
+    if failure == "a folder":
+        (out / "ckpt.pt.tmp").mkdir()
+    else:
+        monkeypatch.setattr(torch, "save", failure)
+    err = refused(capsys, train.main, *TINY, "--tokens", "100", "--background", folder, "--out_dir", out)
+    assert "ckpt.pt" in err
+    assert (out / "ckpt.pt").read_bytes() == before
+    assert failure == "a folder" or not (out / "ckpt.pt.tmp").exists()
+
+
+def prediction(**changes):
+    return json.dumps(dict(task="qa1", length=0, i=0, memory="on", question="Where is Mary?", target="garden",
+                           output="garden",
+                           seconds=0.1, outside=False) | changes)
+
+
+@pytest.mark.parametrize("text, line", [
+    (b"", None), (b"not json\n", 1), (prediction().encode()[:40], 1), (prediction().encode() + b"\n{}\n", 2),
+    (prediction().encode() + b"\n\xff\xfe\n", 2), (b"[1, 2]\n", 1), (b"7\n", 1),
+    (prediction(task="qa99").encode(), 1),
+    (prediction(length="4k").encode(), 1), (prediction(target=5).encode(), 1),
+    (prediction(output=None).encode(), 1),
+    (b'["task", "length", "memory", "question", "target", "output", "outside"]\n', 1)])
+def test_predictions_that_are_none_are_named_with_their_line(capsys, tmp_path, text, line):
+    path = tmp_path / "predictions.jsonl"
+    path.write_bytes(text)
+    err = refused(capsys, babilong_eval.main, "--from_predictions", path)
+    assert str(path) in err and (line is None or f"line {line} " in err)
+
+
+# True command lines
+
+def command_line(script, *argv, cwd, text=""):
+    return subprocess.run([sys.executable, ROOT / script, *argv], input=text, cwd=cwd, capture_output=True,
+                          timeout=120,
+                          encoding="utf-8")
+
+
+def test_a_text_comes_by_a_pipe_and_from_any_folder(wild, tmp_path):
+    done = command_line("sample.py", "--ckpt", wild, "--file", "-", cwd=tmp_path, text=THEN)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", expected(wild, THEN, 16))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_on_a_true_command_line_is_one_line_and_exit_code_2(tmp_path):
+    done = command_line("train.py", "--tasks", "qa99", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1 and "'qa99'" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# The documentation
+
+class Parsed(BaseException):
+    """Every flag was understood: go no further."""
+
+
+def commands(text):
+    """The argument lists of all commands in a text, pipes and && taken apart."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
+        words.whitespace_split, words.commenters = True, "#"
+        for is_break, command in itertools.groupby(words, lambda w: set(w) <= set("|&;")):
+            command = list(itertools.takewhile(lambda w: not set(w) <= set("<>"), command))
+            if not is_break and command and command[0] in ("python", "python3"):
+                yield command[1:]
+
+
+def understood(command, monkeypatch):
+    """Parses `command` (without the word python) with its script's own parser; the script's name."""
+    if command[0] == "-m":
+        name, argv = command[1], command[2:]
+    else:
+        assert (ROOT / command[0]).is_file(), f"there is no {command[0]}"
+        name, argv = command[0].removesuffix(".py").replace("/", "."), command[1:]
+    if name in ("pytest", "pip", "venv"):
+        return name
+    module, parse = importlib.import_module(name), train.Parser.parse_args
+
+    def stop(self, args=None, namespace=None):
+        parse(self, args, namespace)
+        raise Parsed
+    with monkeypatch.context() as patch, pytest.raises(Parsed):
+        patch.setattr("argparse.ArgumentParser.parse_args", stop)
+        module.main(argv)
+    if name == "train":
+        c, sizes, _, _ = train.read_flags(argv)
+        assert [train.Stage.parse(s, LM2Config(**sizes).segment_len) for s in c.stages.split()]
+    return name
+
+
+@pytest.fixture(scope="module")
+def readme():
+    assert (ROOT / "README.md").is_file(), "README.md is missing"
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_command_in_the_readme_has_flags_that_its_script_knows(readme, monkeypatch):
+    shown = re.findall(r"```(?:bash|sh|console)\n(.*?)```", readme,
+                       re.DOTALL) + re.findall(r"`(python [^`]+)`", readme)
+    names = [understood(command, monkeypatch) for text in shown for command in commands(text)]
+    assert {"train", "babilong_eval", "sample"} <= set(names)
+
+
+def test_every_file_and_test_that_the_readme_names_is_there(readme):
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", readme) if "://" not in link]
+    assert [link for link in links if not (ROOT / link).exists()] == []
+    tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_*.py"))
+    assert [name for name in re.findall(r"`(test_\w+)`", readme) if f"def {name}(" not in tests] == []
+
+
+@pytest.mark.parametrize("file", ["lm2", "train", "sample", "babilong_eval", "data/babi", "data/babilong",
+                                  "data/background",
+                                  "data/tokenizer"])
+def test_every_command_at_the_head_of_a_script_has_flags_that_it_knows(file, monkeypatch):
+    doc = importlib.import_module(file.replace("/", ".")).__doc__
+    shown = "\n".join(line for line in doc.splitlines() if line.startswith("    ") and "python " in line)
+    assert [understood(command, monkeypatch) for command in commands(shown)]
+
+
+def test_an_unknown_flag_in_a_document_would_be_found(monkeypatch, capsys):
+    (command,) = commands("cat a.txt | python sample.py --file - \\\n  --colour red > out.txt   # a remark")
+    assert command == ["sample.py", "--file", "-", "--colour", "red"]
+    with pytest.raises(SystemExit):
+        understood(command, monkeypatch)
+    assert "--colour" in capsys.readouterr().err
