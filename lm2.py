@@ -40,7 +40,7 @@ class LM2Config:
     n_kv_head: int = 8                  # KV, key/value heads; fewer than n_head is GQA
     n_embd: int = 64                    # D, model width
     ffn_dim: int = 176                  # inner width of the SwiGLU MLP
-    segment_len: int = 256              # S, tokens in a segment: the attention window
+    segment_len: int = 128              # S, tokens in a segment: the attention window
     n_slot: int = 16                    # N, memory slots of a block
     n_mem_head: int = 8                 # HM, heads of the memory cross-attention
     n_mem_layer: int | None = None      # the first n blocks carry memory (paper Fig. 5); None: all, 0: a plain Llama

@@ -27,8 +27,8 @@ from babilong_eval import (LABELS, answer, evaluate, exact_match, load_predictio
 from data import background  # noqa: E402
 from data.babi import Question  # noqa: E402
 from data.babilong import Builder, Document, length_name, parse_length  # noqa: E402
-from data.tokenizer import load  # noqa: E402
 from data.checkpoint import save_checkpoint  # noqa: E402
+from data.tokenizer import load  # noqa: E402
 from lm2 import LM2, LM2Config  # noqa: E402
 
 torch.set_num_threads(1)

@@ -24,12 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 
 import babilong_eval  # noqa: E402
-import lm2  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from data import babi, babilong  # noqa: E402
-from data.tokenizer import Tokenizer, load  # noqa: E402
 from data.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from data.tokenizer import Tokenizer, load  # noqa: E402
 from lm2 import LM2, LM2Config  # noqa: E402
 from test_babilong import book  # noqa: E402
 
@@ -185,8 +184,9 @@ def test_a_batch_seen_again_and_again_is_learned_by_heart(folder, tmp_path, monk
 
 
 def make(folder, out, *flags):
-    return train.Trainer(*train.read_flags([*TINY, "--background", str(folder), "--out_dir", str(out),
-                                            *flags]))
+    """A Trainer of the tiny model that has not begun."""
+    argv = [*TINY, "--background", str(folder), "--out_dir", str(out), *flags]
+    return train.Trainer(*train.read_flags(argv))
 
 
 def advance(trainer, steps):
@@ -224,7 +224,10 @@ def test_stopped_by_the_clock_and_resumed_by_the_flag_it_ends_as_a_run_in_one_go
     clock = itertools.count()
     monkeypatch.setattr(train.time, "perf_counter", lambda: float(next(clock)))     # a second a look at it
     fit(tmp_path / "stopped", *flags, "--minutes", "0.1")
-    assert 0 < content(tmp_path / "stopped", "progress")["progress"][1] < 2500
+    once = content(tmp_path / "stopped", "progress")["progress"][1]
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main(["--resume", "--out_dir", str(tmp_path / "stopped"), "--minutes", "0.1"])
+    assert 0 < once < content(tmp_path / "stopped", "progress")["progress"][1] < 2500
     before = (tmp_path / "stopped" / "metrics.jsonl").read_text(encoding="utf-8")
     with contextlib.redirect_stdout(io.StringIO()):
         train.main(["--resume", "--out_dir", str(tmp_path / "stopped"), "--minutes", "1000"])
@@ -239,16 +242,17 @@ def test_stopped_by_the_clock_and_resumed_by_the_flag_it_ends_as_a_run_in_one_go
 
 def test_what_is_evaluated_and_for_how_long_may_change_on_resuming(folder, tmp_path):
     advance(make(folder, tmp_path, "--tokens", "100000"), 1).save()
-    again = train.Trainer(*train.read_flags(["--resume", "--out_dir", str(tmp_path), "--table_n", "7",
-                                             "--minutes", "3"]))
+    flags = ["--resume", "--out_dir", str(tmp_path), "--table_n", "7", "--minutes", "3"]
+    again = train.Trainer(*train.read_flags(flags))
     assert (again.c.table_n, again.c.minutes, again.c.tokens, again.step) == (7, 3.0, 100000, 1)
 
 
 @pytest.mark.parametrize("flags, same", [
     (["--eval_every", "1000"], True), (["--eval_every", "2"], True), (["--seed", "1"], False)])
-def test_the_seed_decides_the_weights_and_validation_on_the_way_does_not(fit, short, tmp_path, flags, same):
+def test_the_seed_decides_weights_and_data_and_validation_decides_nothing(fit, short, tmp_path, flags, same):
     fit(tmp_path, *SHORT, *flags)
-    assert same_tensors(content(short, "model", "rng"), content(tmp_path, "model", "rng")) is same
+    for part in ("model", "rng"):
+        assert same_tensors(content(short, part), content(tmp_path, part)) is same
 
 
 def test_training_and_validation_use_their_own_parts_of_the_data(folder, tmp_path):
@@ -266,6 +270,28 @@ def test_validation_gives_the_same_numbers_every_time_and_leaves_training_mode_o
 def test_the_flags_of_the_optimiser_reach_it(folder, tmp_path):
     groups = make(folder, tmp_path, "--weight_decay", "0.3", "--beta2", "0.7").optimizer.param_groups
     assert [g["weight_decay"] for g in groups] == [0.3, 0.0] and {g["betas"] for g in groups} == {(0.9, 0.7)}
+
+
+def test_the_optimiser_steps_with_the_learning_rate_that_is_logged(folder, tmp_path):
+    trainer = make(folder, tmp_path, "--lr", "0.02", "--warmup", "10", "--weight_decay", "0")
+    before = trainer.model.norm.weight.clone()
+    logged = trainer.train_step()["lr"]
+    step = (trainer.model.norm.weight - before).abs()
+    assert logged == pytest.approx(0.002) and step.max().item() == pytest.approx(0.002, rel=1e-2)
+
+
+def test_the_accuracy_of_a_step_counts_answers_and_not_the_end_of_text(folder, tmp_path, monkeypatch):
+    trainer = make(folder, tmp_path, "--lr", "2e-2", "--warmup", "1")
+    batch = train.make_batch(trainer.train_set, ["qa1"], train.Stage(2, 0, 64), trainer.c, random.Random(0))
+    monkeypatch.setattr(train, "make_batch", lambda *_: batch)
+    idx, targets, _ = batch
+    eot, ends = trainer.tokenizer.eot, []
+    for _ in range(12):
+        right = trainer.model(idx)[0].argmax(-1) == targets
+        words = right[(targets != -1) & (targets != eot)].float().mean().item()
+        ends.append(right[targets == eot].float().mean().item() - words)
+        assert trainer.train_step()["accuracy"] == pytest.approx(words)
+    assert max(ends) > 0.2      # had they been counted, the accuracy would have been another
 
 
 def test_long_gradients_are_cut_to_the_asked_length_and_logged_as_they_were(folder, tmp_path, monkeypatch):
@@ -332,8 +358,8 @@ def test_the_last_stage_is_never_left(folder, tmp_path):
 
 
 def test_only_batches_of_a_stages_most_segments_count_towards_leaving_it(folder, tmp_path, monkeypatch):
-    trainer, made, real = make(folder, tmp_path, "--stages", "3:3", "--tokens",
-                               "100000"), [], train.make_batch
+    trainer = make(folder, tmp_path, "--stages", "3:3", "--tokens", "100000")
+    made, real = [], train.make_batch
     monkeypatch.setattr(train, "make_batch", lambda *a: made.append(real(*a)) or made[-1])
     for _ in range(12):
         trainer.train_step()
@@ -347,8 +373,8 @@ def test_the_stage_decides_facts_segments_and_their_length(folder, tmp_path, mon
     monkeypatch.setattr(trainer.model, "forward", lambda *a, segment_len, real=trainer.model.forward, **k:
                         seen.append(segment_len) or real(*a, segment_len=segment_len, **k))
     trainer.train_step()
-    assert seen == [32] and trainer.stages == [train.Stage(2, 0, 64), train.Stage(4, 2, 32),
-                                               train.Stage(6, 3, 64)]
+    assert trainer.stages == [train.Stage(2, 0, 64), train.Stage(4, 2, 32), train.Stage(6, 3, 64)]
+    assert seen == [32]
 
 
 @pytest.mark.parametrize("schedule, step, done, rate", [
@@ -394,8 +420,8 @@ def long_model(tmp_path_factory):
     with torch.no_grad():
         model.output.weight.normal_(std=0.5)
     save_checkpoint(path, model)
-    model, idx = load_checkpoint(path)[0], torch.randint(64, (1, 4096),
-                                                         generator=torch.Generator().manual_seed(0))
+    model, _ = load_checkpoint(path)
+    idx = torch.randint(64, (1, 4096), generator=torch.Generator().manual_seed(0))
     double = LM2(model.cfg).double()
     double.load_state_dict(model.state_dict())
     return model, double, idx, read(double, idx, [4096])
@@ -483,8 +509,7 @@ def test_raw_keeps_the_white_space(wild, capsys):
         model.generate(torch.tensor([ids]), 16)[0, len(ids):].tolist()) + "\n"
 
 
-def test_each_token_is_printed_before_the_next_is_made_and_nothing_after_the_end_of_text(wild, capsys,
-                                                                                         monkeypatch):
+def test_a_token_is_printed_before_the_next_and_nothing_after_the_end_of_text(wild, capsys, monkeypatch):
     tokenizer, seen = load(), []
     euro = tokenizer.encode("€")
     assert len(euro) > 1        # a character of several tokens appears when it is complete
@@ -571,17 +596,16 @@ def test_train_names_a_length_too_short_for_the_facts_before_it_trains(capsys, t
 ])
 def test_babilong_eval_names_a_flag_that_cannot_be(capsys, wild, folder, tmp_path, monkeypatch, flags, named):
     monkeypatch.chdir(tmp_path)
-    assert named in refused(capsys, babilong_eval.main, "--ckpt", wild, "--background", folder, "--n", "1",
-                            *flags)
+    base = ["--ckpt", wild, "--background", folder, "--n", "1"]
+    assert named in refused(capsys, babilong_eval.main, *base, *flags)
     assert not list(tmp_path.iterdir())
 
 
-def test_babilong_eval_names_a_wrong_task_or_length_before_the_first_answer(capsys, wild, folder,
-                                                                            monkeypatch):
+def test_babilong_eval_names_a_wrong_cell_before_the_first_answer(capsys, wild, folder, monkeypatch):
     monkeypatch.setattr(babilong_eval, "answer", lambda *_: pytest.fail("an answer was asked for"))
     for flags in (["--tasks", "qa1", "qa99"], ["--lengths", "0k", "7"]):
-        assert flags[-1] in refused(capsys, babilong_eval.main, "--ckpt", wild, "--background", folder,
-                                    *flags)
+        err = refused(capsys, babilong_eval.main, "--ckpt", wild, "--background", folder, *flags)
+        assert flags[-1] in err
 
 
 @pytest.mark.parametrize("flags, named", [
@@ -610,11 +634,10 @@ def test_sample_names_a_file_that_is_not_utf_8(capsys, wild, tmp_path):
 
 @pytest.mark.parametrize("main", [babi.main, babilong.main])
 @pytest.mark.parametrize("flags, named", [(["--task", "qa99"], "qa99"), (["--nope"], "--nope"),
-                                          (["--see", "1"], "--see"),
-                                          (["--seed", "x"], "'x'")])
+                                          (["--see", "1"], "--see"), (["--seed", "x"], "'x'")])
 def test_the_data_scripts_name_a_flag_that_cannot_be(capsys, folder, main, flags, named):
-    assert named in refused(capsys, main, *(["--background", folder] if main is babilong.main else []),
-                            *flags)
+    base = ["--background", folder] if main is babilong.main else []
+    assert named in refused(capsys, main, *base, *flags)
 
 
 @pytest.mark.parametrize("length, named", [("7", "length 7 is too short"), ("4q", "4q")])
@@ -655,7 +678,7 @@ def broken_checkpoints(wild, folder):
             ("sizes", dict(saved, config=dict(saved["config"], n_embd=32)), "does not fit"),
             ("unknown", dict(saved, config=dict(saved["config"], colour=1)), "does not fit"),
             ("empty", dict(saved, model={}), "does not fit"),
-            ("bare", {"format": lm2.FORMAT}, "does not fit")):
+            ("bare", {"format": saved["format"]}, "does not fit")):
         torch.save(value, folder / name)
         yield name, says
 
@@ -664,18 +687,17 @@ def test_every_script_names_a_checkpoint_that_is_none(capsys, wild, folder, tmp_
     for name, says in broken_checkpoints(wild, tmp_path):
         err = refused(capsys, sample.main, "--ckpt", tmp_path / name, "--prompt", "Where is Mary?")
         assert str(tmp_path / name) in err and says in err, name
-    assert "cut0.3" in refused(capsys, babilong_eval.main, "--ckpt", tmp_path / "cut0.3", "--background",
-                               folder)
+    cut = tmp_path / "cut0.3"
+    assert str(cut) in refused(capsys, babilong_eval.main, "--ckpt", cut, "--background", folder)
     (tmp_path / "ckpt.pt").write_bytes(wild.read_bytes()[:5000])
     assert "cut short" in refused(capsys, train.main, "--resume", "--out_dir", tmp_path)
 
 
 def test_a_model_saved_without_a_tokenizer_is_named(capsys, folder, tmp_path):
-    save_checkpoint(tmp_path / "ckpt.pt", LM2(LM2Config(vocab_size=64, segment_len=32, **SIZES)))
-    assert "tokenizer" in refused(capsys, sample.main, "--ckpt", tmp_path / "ckpt.pt", "--prompt",
-                                  "Where is Mary?")
-    assert "tokenizer" in refused(capsys, babilong_eval.main, "--ckpt", tmp_path / "ckpt.pt", "--background",
-                                  folder)
+    path = tmp_path / "ckpt.pt"
+    save_checkpoint(path, LM2(LM2Config(vocab_size=64, segment_len=32, **SIZES)))
+    assert "tokenizer" in refused(capsys, sample.main, "--ckpt", path, "--prompt", THEN)
+    assert "tokenizer" in refused(capsys, babilong_eval.main, "--ckpt", path, "--background", folder)
 
 
 def test_resuming_without_a_checkpoint_or_from_one_without_training_is_refused(capsys, wild, tmp_path):
@@ -688,8 +710,8 @@ def test_resuming_without_a_checkpoint_or_from_one_without_training_is_refused(c
 def test_an_out_dir_where_a_file_stands_is_named(capsys, folder, tmp_path, inside):
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     out = tmp_path / "file" / inside
-    assert str(out) in refused(capsys, train.main, *TINY, "--tokens", "50", "--background", folder,
-                               "--out_dir", out)
+    flags = [*TINY, "--tokens", "50", "--background", folder, "--out_dir", out]
+    assert str(out) in refused(capsys, train.main, *flags)
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
@@ -704,8 +726,8 @@ def full(content, file, *_, **__):
 
 
 @pytest.mark.parametrize("failure", [half, full, "a folder"])
-def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one_byte_for_byte(capsys, folder, fit, tmp_path,
-                                                                              monkeypatch, failure):
+def test_a_failed_save_leaves_the_old_checkpoint_byte_for_byte(capsys, folder, fit, tmp_path, monkeypatch,
+                                                               failure):
     out = tmp_path / "run"
     fit(out, "--tokens", "50")
     before = (out / "ckpt.pt").read_bytes()
@@ -721,8 +743,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one_byte_for_byte(ca
 
 def prediction(**changes):
     return json.dumps(dict(task="qa1", length=0, i=0, memory="on", question="Where is Mary?", target="garden",
-                           output="garden",
-                           seconds=0.1, outside=False) | changes)
+                           output="garden", seconds=0.1, outside=False) | changes)
 
 
 @pytest.mark.parametrize("text, line", [
@@ -743,8 +764,7 @@ def test_predictions_that_are_none_are_named_with_their_line(capsys, tmp_path, t
 
 def command_line(script, *argv, cwd, text=""):
     return subprocess.run([sys.executable, ROOT / script, *argv], input=text, cwd=cwd, capture_output=True,
-                          timeout=120,
-                          encoding="utf-8")
+                          timeout=120, encoding="utf-8")
 
 
 def test_a_text_comes_by_a_pipe_and_from_any_folder(wild, tmp_path):
@@ -821,8 +841,7 @@ def test_every_file_and_test_that_the_readme_names_is_there(readme):
 
 
 @pytest.mark.parametrize("file", ["lm2", "train", "sample", "babilong_eval", "data/babi", "data/babilong",
-                                  "data/background",
-                                  "data/tokenizer"])
+                                  "data/background", "data/tokenizer"])
 def test_every_command_at_the_head_of_a_script_has_flags_that_it_knows(file, monkeypatch):
     doc = importlib.import_module(file.replace("/", ".")).__doc__
     shown = "\n".join(line for line in doc.splitlines() if line.startswith("    ") and "python " in line)
