@@ -3,15 +3,12 @@
     python train.py                    # train the small default model (CPU, minutes), writes out/
     python sample.py --prompt "..."    # read a prompt of any length with it, answer
 
-This file is the whole model; it writes nothing.
-
-A document is read one *segment* at a time. The token stream is an ordinary Llama whose self-attention sees its own
-segment only. Beside it every block keeps a bank of N memory slots: tokens READ the bank that earlier segments left,
-and when a segment is complete its tokens WRITE to the bank, once. So the cost of a token does not grow with the document.
+This file is the whole model; it writes nothing. A document is read one *segment* at a time by an ordinary
+Llama whose self-attention sees that segment only. Beside it every block keeps a bank of N memory slots:
+tokens READ what earlier segments left, a complete segment WRITES once: a token costs the same at any length.
 
     code               paper              meaning
-    B, T, S            -, T, -            batch, tokens in the input, tokens in one segment (`segment_len`)
-    G                  -                  whole segments in one call
+    B, T, S, G         -, T, -, -         batch, tokens of input and segment (`segment_len`), whole segments
     D, H, KV, L        d, -, -, -         model width, query heads, key/value heads (GQA), blocks
     N, HM              N, -               memory slots of a block, heads of the memory cross-attention
     E                  E_t                normalised tokens entering the memory module, (B, T, D)
@@ -43,21 +40,22 @@ class LM2Config:
     segment_len: int = 128              # S, tokens in a segment: the attention window
     n_slot: int = 16                    # N, memory slots of a block
     n_mem_head: int = 8                 # HM, heads of the memory cross-attention
-    n_mem_layer: int | None = None      # the first n blocks carry memory (paper Fig. 5); None: all, 0: a plain Llama
+    n_mem_layer: int | None = None      # first n blocks with memory (paper Fig. 5); None: all, 0: plain Llama
     rope_theta: float = 10000.0         # base of the rotary angles
-    rope_scaling: dict | None = None    # Llama-3.x: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    rope_scaling: dict | None = None    # Llama-3.x: slower long waves; its four keys as in PRESETS
     norm_eps: float = 1e-5              # added to the mean square in RMSNorm
     tie_embeddings: bool = False        # output head = token embedding
 
     def __post_init__(self):
         if self.n_mem_layer is None:
             object.__setattr__(self, "n_mem_layer", self.n_layer)
-        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "segment_len", "n_slot", "n_mem_head"):
+        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "segment_len",
+                     "n_slot", "n_mem_head"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
-            raise ValueError(f"n_head {self.n_head} does not divide n_embd {self.n_embd} into heads of even width (RoPE "
-                             "turns pairs): choose n_embd a multiple of 2 * n_head")
+            raise ValueError(f"n_head {self.n_head} does not divide n_embd {self.n_embd} into heads of even "
+                             "width (RoPE turns pairs): choose n_embd a multiple of 2 * n_head")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
         if not 0 <= self.n_mem_layer <= self.n_layer:
@@ -65,28 +63,25 @@ class LM2Config:
         if self.n_mem_layer and self.n_embd % self.n_mem_head:
             raise ValueError(f"n_mem_head {self.n_mem_head} does not divide n_embd {self.n_embd}")
         if self.n_mem_layer and self.n_slot > self.n_embd:
-            raise ValueError(f"n_slot {self.n_slot} is more than n_embd {self.n_embd}: the identity has no more rows, "
-                             "and slots that start alike stay alike")
-        if self.rope_scaling is not None:
-            want = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-            if missing := want - set(self.rope_scaling):
-                raise ValueError(f"rope_scaling lacks {', '.join(sorted(missing))}")
+            raise ValueError(f"n_slot {self.n_slot} is more than n_embd {self.n_embd}: the identity has no "
+                             "more rows, and slots that start alike stay alike")
+        want = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+        if self.rope_scaling is not None and (missing := want - set(self.rope_scaling)):
+            raise ValueError(f"rope_scaling lacks {', '.join(sorted(missing))}")
 
 
 PRESETS: dict[str, dict] = {
-    # the default of train.py: learns on two CPU cores in minutes
-    "cpu": dict(),
-    # the paper's model: Llama-3.2-1B's shape with 2,048 slots in every block, 1.24 B + 0.47 B parameters
-    "lm2-1.7b": dict(vocab_size=128256, n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, ffn_dim=8192, segment_len=2048,
-                     n_slot=2048, n_mem_head=32, rope_theta=500000.0, tie_embeddings=True,
-                     rope_scaling=dict(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                                       original_max_position_embeddings=8192)),
+    "cpu": dict(),  # the default of train.py: learns on two CPU cores in minutes
+    "lm2-1.7b": dict(  # paper: Llama-3.2-1B's shape, 2,048 slots in every block, 1.24 B + 0.47 B parameters
+        vocab_size=128256, n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, ffn_dim=8192, segment_len=2048,
+        n_slot=2048, n_mem_head=32, rope_theta=500000.0, tie_embeddings=True, rope_scaling=dict(
+            factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)),
 }
 
 
 @dataclass
 class BlockState:
-    """What one block carries. Of the open (unfinished) segment the first `LM2State.fill` rows of k, v, q, c count."""
+    """What one block carries. Of the open (unfinished) segment the first `fill` rows of k, v, q, c count."""
     k: Tensor                   # (B, S, KV, D/H) keys of the open segment's self-attention, already rotated
     v: Tensor                   # (B, S, KV, D/H)
     bank: Tensor | None = None  # (B, N, D) the memory M; None in a block without memory
@@ -96,7 +91,7 @@ class BlockState:
 
 @dataclass
 class LM2State:
-    """Everything a document has left behind after any number of tokens: a value of fixed size, passed in and out."""
+    """All a document leaves behind after any number of tokens: a value of fixed size, passed in and out."""
     blocks: list[BlockState]
     fill: int = 0               # tokens in the open segment, 0 <= fill < S
     owned: bool = False         # True: nobody keeps an older state, so the buffers may be overwritten
@@ -110,7 +105,8 @@ class LM2State:
 
     def detach(self) -> "LM2State":
         """The same state cut off from the graph: for truncated back-propagation, the caller's decision."""
-        cut = [BlockState(**{n: None if t is None else t.detach() for n, t in vars(b).items()}) for b in self.blocks]
+        cut = [BlockState(**{n: None if t is None else t.detach() for n, t in vars(b).items()})
+               for b in self.blocks]
         return replace(self, blocks=cut)
 
     def nbytes(self) -> int:
@@ -132,7 +128,7 @@ def rope_frequencies(cfg: LM2Config) -> list[float]:
     width = cfg.n_embd // cfg.n_head
     freq = [cfg.rope_theta ** (-i / width) for i in range(0, width, 2)]
     if s := cfg.rope_scaling:  # long waves are slowed by `factor`, short ones kept, those between blended
-        turns = [s["original_max_position_embeddings"] * f / (2 * math.pi) for f in freq]  # in the original context
+        turns = [s["original_max_position_embeddings"] * f / (2 * math.pi) for f in freq]
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         keep = [min(1.0, max(0.0, (t - low) / (high - low))) for t in turns]
         freq = [k * f + (1 - k) * f / s["factor"] for k, f in zip(keep, freq)]
@@ -140,13 +136,13 @@ def rope_frequencies(cfg: LM2Config) -> list[float]:
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """RoPE in Meta's interleaved form: the pair (2i, 2i+1) is turned by angle i. x (R, T, heads, width), turn (T, width/2)."""
-    pairs = torch.view_as_complex(x.to(turn.real.dtype).unflatten(-1, (-1, 2)))  # one pass instead of four strided ones
+    """RoPE, interleaved (Meta): angle i turns pair (2i, 2i+1). x (R, T, heads, width), turn (T, width/2)."""
+    pairs = torch.view_as_complex(x.to(turn.real.dtype).unflatten(-1, (-1, 2)))  # one pass, not four strided
     return torch.view_as_real(pairs * turn[:, None]).flatten(-2).to(x.dtype)
 
 
 def store(buffer: Tensor, new: Tensor, fill: int, owned: bool) -> Tensor:
-    """`buffer` (B, S, ...) with `new` (B, n, ...) at fill .. fill + n; a copy unless the caller owns the buffer."""
+    """`buffer` (B, S, ...) with `new` (B, n, ...) at fill .. fill + n; a copy unless the caller owns it."""
     buffer = buffer if owned else buffer.clone()
     buffer[:, fill:fill + new.shape[1]] = new
     return buffer
@@ -154,7 +150,6 @@ def store(buffer: Tensor, new: Tensor, fill: int, owned: bool) -> Tensor:
 
 class Attention(nn.Module):
     """Causal self-attention inside one segment: RoPE, grouped key/value heads, no biases (Llama 3)."""
-
     def __init__(self, cfg: LM2Config):
         super().__init__()
         self.n_head, self.n_kv_head, self.width = cfg.n_head, cfg.n_kv_head, cfg.n_embd // cfg.n_head
@@ -164,8 +159,8 @@ class Attention(nn.Module):
         self.wo = nn.Linear(cfg.n_head * self.width, cfg.n_embd, bias=False)
 
     def forward(self, x: Tensor, turn: Tensor, cache: tuple | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (R, T, D), rows independent -> output (R, T, D) and the keys and values, or with cache = (k, v, fill, owned)
-        the buffers with them stored behind the `fill` tokens that the segment already has."""
+        """x (R, T, D), rows independent -> output (R, T, D) and the keys and values, or with cache = (k, v,
+        fill, owned) the buffers with them stored behind the `fill` tokens that the segment already has."""
         R, T, D = x.shape
         q = rotate(self.wq(x).view(R, T, self.n_head, self.width), turn)
         k = rotate(self.wk(x).view(R, T, self.n_kv_head, self.width), turn)
@@ -177,15 +172,14 @@ class Attention(nn.Module):
             if fill:
                 keys, values = k[:, :fill + T], v[:, :fill + T]
                 mask = torch.ones(T, fill + T, dtype=torch.bool, device=x.device).tril(fill)
-        y = F.scaled_dot_product_attention(
+        y = F.scaled_dot_product_attention(                                     # (R, H, T, D/H)
             q.transpose(1, 2), keys.transpose(1, 2).to(q.dtype), values.transpose(1, 2).to(q.dtype),
-            attn_mask=mask, is_causal=mask is None, enable_gqa=self.n_head != self.n_kv_head)    # (R, H, T, D/H)
+            attn_mask=mask, is_causal=mask is None, enable_gqa=self.n_head != self.n_kv_head)
         return self.wo(y.transpose(1, 2).reshape(R, T, D)), k, v
 
 
 class Memory(nn.Module):
-    """The memory module of one block (paper section 2): read by cross-attention, gated, written once a segment."""
-
+    """The memory of one block (paper section 2): read by cross-attention, gated, written once a segment."""
     def __init__(self, cfg: LM2Config):
         super().__init__()
         D = cfg.n_embd
@@ -193,12 +187,12 @@ class Memory(nn.Module):
         self.token_norm, self.bank_norm = RMSNorm(D, cfg.norm_eps), RMSNorm(D, cfg.norm_eps)
         self.wq, self.wk, self.wv, self.w_write = (nn.Linear(D, D, bias=False) for _ in range(4))
         self.w_out, self.w_in, self.w_forget = (nn.Linear(D, D, bias=True) for _ in range(3))
-        # paper silent: a slot may decline a segment. With equal scores about 0.4 of its weight stays unwritten.
+        # paper silent: a slot may decline a segment; with equal scores about 0.4 of it stays unwritten.
         self.null = nn.Parameter(torch.full((cfg.n_mem_head,), math.log(cfg.segment_len) - 0.5))
 
     def initial_bank(self, batch: int) -> Tensor:
-        """M_0 (B, N, D): the first N rows of the identity, a constant; float32 (float64 in a float64 model)."""
-        dtype = torch.promote_types(self.null.dtype, torch.float32)  # differs from paper: N x d x d identities there
+        """M_0 (B, N, D): the first N rows of the identity, constant; float32 (float64 in a float64 model)."""
+        dtype = torch.promote_types(self.null.dtype, torch.float32)  # differs from paper: N x d x d there
         return torch.eye(self.n_slot, self.null.numel() * self.width, dtype=dtype,
                          device=self.null.device).repeat(batch, 1, 1)
 
@@ -207,8 +201,8 @@ class Memory(nn.Module):
         return x.unflatten(-1, (self.n_head, self.width)).transpose(1, 2)
 
     def tokens(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The token side, for all tokens at once: x (R, T, D) -> queries, gated candidates, input gate, each (R, T, D)."""
-        E = self.token_norm(x)                       # paper silent: the query is the stream after self-attention
+        """The token side: x (R, T, D) -> queries, gated candidates, input gate, each (R, T, D)."""
+        E = self.token_norm(x)                    # paper silent: the query is the stream after self-attention
         g_in = torch.sigmoid(self.w_in(E))                                      # Eq. (4), one gate a token
         # differs from paper: tanh(E w_write), not tanh(E_mem), which holds nothing of the tokens
         return self.wq(E), g_in * torch.tanh(self.w_write(E)), g_in
@@ -218,25 +212,24 @@ class Memory(nn.Module):
         return self.bank_norm(M).to(self.wk.weight.dtype)
 
     def read(self, Q: Tensor, K: Tensor, V: Tensor, trace: dict | None) -> Tensor:
-        """Q (R, T, D) from the tokens, K and V (R, N, D) from the bank carried INTO the segment -> E_gated (R, T, D)."""
-        # differs from paper: no causal mask on A, for every slot was written by earlier segments only
+        """Q (R, T, D), K and V (R, N, D) of the bank carried INTO the segment -> E_gated (R, T, D)."""
         scores = self.heads(Q) @ self.heads(K).mT / math.sqrt(self.width)       # Eq. (1)   (R, HM, T, N)
-        A = scores.softmax(dim=-1).to(V.dtype)
+        A = scores.softmax(dim=-1).to(V.dtype)  # differs from paper: no causal mask, slots hold only the past
         E_mem = (A @ self.heads(V)).transpose(1, 2).flatten(-2)                 # (R, T, D)
         g_out = torch.sigmoid(self.w_out(E_mem))                                # Eq. (2)
         if trace is not None:
             trace.update(A=A, g_out=g_out)
-        return g_out * E_mem                                                    # Eq. (3); differs from paper: g_out * M
+        return g_out * E_mem                                          # Eq. (3); differs from paper: g_out * M
 
     def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor, trace: dict | None) -> Tensor:
-        """M (B, N, D), its keys K (B, N, D), queries Q and candidates c (B, S, D) of a whole segment -> next M (B, N, D)."""
+        """M and its keys K (B, N, D), queries Q and candidates c (B, S, D) of a whole segment -> next M."""
         scores = self.heads(K) @ self.heads(Q).mT / math.sqrt(self.width)       # (B, HM, N, S)
         null = self.null.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
         R = torch.cat((scores, null), dim=-1).softmax(dim=-1, dtype=M.dtype)          # (B, HM, N, S+1)
-        # differs from paper: Eq. (6)'s terms are T x d, the bank is N x d; R, the read turned round, carries them over
+        # differs from paper: Eq. (6) adds T x d to a bank of N x d; R, the read turned round, maps T to N
         C = (R[..., :-1].to(c.dtype) @ self.heads(c)).transpose(1, 2)           # (B, N, HM, D/HM)
-        g_forget = torch.sigmoid(self.w_forget(C.flatten(-2))).view_as(C).to(M.dtype)        # Eq. (5), per slot
-        w = 1 - R[..., -1:].transpose(1, 2).to(M.dtype)                         # (B, N, HM, 1) how much was written
+        g_forget = torch.sigmoid(self.w_forget(C.flatten(-2))).view_as(C).to(M.dtype)      # Eq. (5), per slot
+        w = 1 - R[..., -1:].transpose(1, 2).to(M.dtype)                         # (B, N, HM, 1) share written
         # differs from paper: forgetting in proportion to w, so what no segment concerns is kept exactly
         M = C.to(M.dtype) + (1 - w * (1 - g_forget)) * M.view_as(C)             # Eq. (6)
         if trace is not None:
@@ -247,7 +240,6 @@ class Memory(nn.Module):
 
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x)."""
-
     def __init__(self, cfg: LM2Config):
         super().__init__()
         self.w1 = nn.Linear(cfg.n_embd, cfg.ffn_dim, bias=False)
@@ -260,23 +252,21 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """One decoder block: self-attention, memory, MLP, each behind a norm and added to the stream."""
-
     def __init__(self, cfg: LM2Config, has_memory: bool):
         super().__init__()
-        self.attention_norm, self.ffn_norm = RMSNorm(cfg.n_embd, cfg.norm_eps), RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.attention_norm, self.ffn_norm = (RMSNorm(cfg.n_embd, cfg.norm_eps) for _ in range(2))
         self.attention, self.feed_forward = Attention(cfg), FeedForward(cfg)
         self.memory = Memory(cfg) if has_memory else None
 
     def forward(self, x: Tensor, st: BlockState, fill: int, owned: bool, turn: Tensor, write: bool,
                 trace: dict | None) -> tuple[Tensor, BlockState]:
         """x (B, T, D): either G whole segments (fill 0) or a piece that fits into the open segment."""
-        B, T, D = x.shape
-        S = st.k.shape[1]
+        (B, T, D), S = x.shape, st.k.shape[1]
         whole = fill == 0 and T % S == 0
         x = x.reshape(-1, S if whole else T, D)                                 # (B*G, S, D): a row a segment
         h, k, v = self.attention(self.attention_norm(x), turn, None if whole else (st.k, st.v, fill, owned))
         x = x + h
-        st = st if whole else replace(st, k=k, v=v)                             # whole segments leave no cache behind
+        st = st if whole else replace(st, k=k, v=v)                             # whole ones leave no cache
         if self.memory is not None:
             x, st = self.remember(x, st, fill, owned, whole, write, trace)
         x = x + self.feed_forward(self.ffn_norm(x))
@@ -284,19 +274,18 @@ class Block(nn.Module):
 
     def remember(self, x: Tensor, st: BlockState, fill: int, owned: bool, whole: bool, write: bool,
                  trace: dict | None) -> tuple[Tensor, BlockState]:
-        """The memory sub-layer. Only the slots' own update runs segment after segment, all else in large products."""
+        """Memory sub-layer. Only the slots' update runs segment by segment, all else in large products."""
         mem, M, S = self.memory, st.bank, st.k.shape[1]
-        B, D = M.shape[0], M.shape[-1]
         Q, c, g_in = mem.tokens(x)                                              # (B*G, S, D) each
         seen, keys = [mem.slots(M)], []                                         # norm(M), K: one a segment
         if whole:
-            Qs, cs = Q.view(B, -1, S, D), c.view(B, -1, S, D)                   # (B, G, S, D)
+            Qs, cs = (t.unflatten(0, (M.shape[0], -1)) for t in (Q, c))         # (B, G, S, D)
             for g in range(Qs.shape[1]):
                 keys.append(mem.wk(seen[-1]))
                 if write:
                     M = mem.write(M, keys[-1], Qs[:, g], cs[:, g], trace)
                 seen.append(mem.slots(M))
-            seen = seen[:-1]                                                    # the last one is the next call's
+            seen = seen[:-1]                                                    # the last is the next call's
         else:
             q, cand = store(st.q, Q, fill, owned), store(st.c, c, fill, owned)
             st, keys = replace(st, q=q, c=cand), [mem.wk(seen[0])]
@@ -310,16 +299,14 @@ class Block(nn.Module):
 
 
 class LM2(nn.Module):
-    """logits, loss, state = model(idx, targets, state); see `forward`. Parameter names follow Meta's Llama."""
-
+    """logits, loss, state = model(idx, targets, state); see `forward`. Parameter names as in Meta's Llama."""
     def __init__(self, cfg: LM2Config):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.freq = cfg, rope_frequencies(cfg)  # numbers: a buffer would be rounded in .bfloat16()
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.layers = nn.ModuleList(Block(cfg, i < cfg.n_mem_layer) for i in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.output = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
-        self.freq = rope_frequencies(cfg)  # plain numbers: a buffer would lose its precision in .bfloat16()
         if cfg.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.init_weights()
@@ -330,35 +317,34 @@ class LM2(nn.Module):
         return torch.promote_types(self.norm.weight.dtype, torch.float32)
 
     def turns(self, start: int, stop: int) -> Tensor:
-        """e^(i angle) of the positions start .. stop of a segment, (stop - start, D/H/2), in at least complex64."""
+        """e^(i angle) of positions start .. stop of a segment, (stop - start, D/H/2), at least complex64."""
         freq = torch.tensor(self.freq, dtype=torch.float64, device=self.norm.weight.device)
         angle = torch.arange(start, stop, dtype=torch.float64, device=freq.device)[:, None] * freq
         return torch.polar(torch.ones_like(angle), angle).to(self.dtype.to_complex())
 
     @torch.no_grad()
     def init_weights(self):
-        """Normal weights of standard deviation 1/sqrt(fan-in); what adds to the stream is scaled by 1/sqrt(2 L)."""
+        """Normal weights of deviation 1/sqrt(fan-in); what adds to the stream is scaled by 1/sqrt(2 L)."""
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                into_stream = name.endswith(("attention.wo.weight", "feed_forward.w2.weight", "memory.wv.weight"))
+                into_stream = name.endswith((".attention.wo.weight", ".w2.weight", ".memory.wv.weight"))
                 p.normal_(std=p.shape[1] ** -0.5 * ((2 * self.cfg.n_layer) ** -0.5 if into_stream else 1))
             elif name.endswith("bias"):
-                p.fill_(1.0 if "w_forget" in name else 0.0)                     # forget gates start open at sigmoid(1)
-        # an input of unit size keeps its identity through the first blocks; a tied table has to start as a head
+                p.fill_(1.0 if "w_forget" in name else 0.0)            # forget gates start open at sigmoid(1)
+        # an input of unit size keeps its identity through the first blocks; a tied table must start as a head
         self.tok_embeddings.weight.normal_(std=0.02 if self.cfg.tie_embeddings else 1.0)
         if not self.cfg.tie_embeddings:
             self.output.weight.normal_(std=0.02)
 
     def initial_state(self, batch: int, segment_len: int | None = None) -> LM2State:
-        """The state before the first token: empty caches, every bank at M_0. `segment_len` may be cut short (training)."""
+        """The state before any token: empty caches, banks at M_0. Training may shorten `segment_len`."""
         c, S = self.cfg, self.cfg.segment_len if segment_len is None else segment_len
         if not 1 <= S <= c.segment_len:
             raise ValueError(f"segment_len {S} must lie between 1 and the model's {c.segment_len}")
-        new = self.norm.weight.new_zeros
-        kv = (batch, S, c.n_kv_head, c.n_embd // c.n_head)
+        new, kv = self.norm.weight.new_zeros, (batch, S, c.n_kv_head, c.n_embd // c.n_head)
         blocks = [BlockState(k=new(kv), v=new(kv)) if b.memory is None else
-                  BlockState(k=new(kv), v=new(kv), bank=b.memory.initial_bank(batch), q=new(batch, S, c.n_embd),
-                             c=new(batch, S, c.n_embd)) for b in self.layers]
+                  BlockState(k=new(kv), v=new(kv), bank=b.memory.initial_bank(batch),
+                             q=new(batch, S, c.n_embd), c=new(batch, S, c.n_embd)) for b in self.layers]
         return LM2State(blocks)
 
     def check_state(self, state: LM2State, rows: int, segment_len: int | None) -> None:
@@ -367,41 +353,38 @@ class LM2(nn.Module):
         want = [(kv, bank if layer.memory else None) for layer in self.layers]
         have = [(tuple(b.k.shape), None if b.bank is None else tuple(b.bank.shape)) for b in state.blocks]
         if want != have or state.segment_len > c.segment_len:
-            raise ValueError(f"the state is not of this model and {rows} rows: {have[0]} a block, not {want[0]}")
+            raise ValueError(f"the state is not of this model and {rows} rows: {have[0]} a block, "
+                             f"not {want[0]}")
         if segment_len not in (None, state.segment_len):
-            raise ValueError(f"segment_len {segment_len} with a state of {state.segment_len}: a document keeps its own")
+            raise ValueError(f"segment_len {segment_len} with a state of {state.segment_len}: "
+                             "a document keeps its own")
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, state: LM2State | None = None, *, keep: str = "all",
-                segment_len: int | None = None, write: bool = True, trace: list | None = None
-                ) -> tuple[Tensor, Tensor | None, LM2State]:
-        """idx (B, T) int64, any T >= 1 [, targets (B, T), already shifted, -1 = ignored] -> logits, loss, state.
-
+    def forward(self, idx: Tensor, targets: Tensor | None = None, state: LM2State | None = None, *,
+                keep: str = "all", segment_len: int | None = None, write: bool = True,
+                trace: list | None = None) -> tuple[Tensor, Tensor | None, LM2State]:
+        """idx (B, T) int64, T >= 1 [, targets (B, T), already shifted, -1 = ignored] -> logits, loss, state.
         state        what an earlier call returned for the tokens before these; None starts a document
-        keep         "all": logits (B, T, V); "last": (B, 1, V); "targets": (n, V), the n positions with a target
-        segment_len  shorter segments than the model's for a document that starts here (used by the curriculum)
+        keep         "all": logits (B, T, V); "last": (B, 1, V); "targets": (n, V), positions with a target
+        segment_len  shorter segments than the model's for a document that starts here (the curriculum)
         write        False holds every bank at the value it came in with: the memory switched off
-        trace        a list that gets one dict per block and piece: A (B*G, HM, T, N), g_out, g_in (B*G, T, D), and of
-                     each write R (B, HM, N, S+1), g_forget (B, N, D), for pictures
-        Raises ValueError for an input of another shape or dtype, or of another batch than the state's.
-        """
+        trace        a list that gets a dict per block and piece: A (B*G, HM, T, N), g_out, g_in (B*G, T, D),
+                     and of each write R (B, HM, N, S+1), g_forget (B, N, D), for pictures
+        Raises ValueError for an input of another shape or dtype, or of another batch than the state's."""
         if idx.ndim != 2 or idx.dtype != torch.int64 or idx.shape[1] < 1:
             raise ValueError(f"idx must be (B, T) int64 with T >= 1, not {tuple(idx.shape)} {idx.dtype}")
         if targets is not None and targets.shape != idx.shape:
-            raise ValueError(f"targets are {tuple(targets.shape)}, idx is {tuple(idx.shape)}: they must be of one shape")
+            raise ValueError(f"targets are {tuple(targets.shape)}, idx is {tuple(idx.shape)}: "
+                             "they must be of one shape")
         if keep not in ("all", "last", "targets") or (keep == "targets" and targets is None):
             raise ValueError(f"keep is {keep!r}: it must be 'all', 'last' or, with targets, 'targets'")
-        if state is None:
-            state = self.initial_state(idx.shape[0], segment_len)
-        else:
-            self.check_state(state, idx.shape[0], segment_len)
+        state = state or self.initial_state(idx.shape[0], segment_len)
+        self.check_state(state, idx.shape[0], segment_len)
         S, T, fill, start, out = state.segment_len, idx.shape[1], state.fill, 0, []
-        blocks = list(state.blocks)
-        x = self.tok_embeddings(idx)                                            # (B, T, D)
-        while start < T:  # pieces: the rest of the open segment, then all whole segments at once, then what is left
-            left = T - start
-            n = min(left, S - fill) if fill else left // S * S or left
+        blocks, x = list(state.blocks), self.tok_embeddings(idx)                # (B, T, D)
+        while start < T:  # pieces: the rest of the open segment, all whole segments at once, what is left
+            n = min(T - start, S - fill) if fill else (T - start) // S * S or T - start
             piece = x[:, start:start + n]
-            turn = self.turns(fill, fill + min(n, S))                           # positions restart in every segment
+            turn = self.turns(fill, fill + min(n, S))                  # positions restart in every segment
             for i, block in enumerate(self.layers):
                 note = None if trace is None else dict(layer=i, start=start)
                 piece, blocks[i] = block(piece, blocks[i], fill, state.owned, turn, write, note)
@@ -414,20 +397,18 @@ class LM2(nn.Module):
             x, targets = x[:, -1:], None if targets is None else targets[:, -1:]
         elif keep == "targets":
             x, targets = x[targets != -1], targets[targets != -1]               # (n, D)
-        logits = self.output(self.norm(x))
-        loss = None
+        logits, loss = self.output(self.norm(x)), None
         if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, -2).to(self.dtype), targets.flatten(), ignore_index=-1, reduction="sum")
-            loss = loss / (targets != -1).sum().clamp(min=1)
+            loss = F.cross_entropy(logits.flatten(0, -2).to(self.dtype), targets.flatten(), ignore_index=-1,
+                                   reduction="sum") / (targets != -1).sum().clamp(min=1)
         return logits, loss, LM2State(blocks, fill, state.owned)
 
     @torch.no_grad()
     def read(self, idx: Tensor, state: LM2State | None = None, write: bool = True, tokens_a_call: int = 16384
              ) -> tuple[Tensor, LM2State]:
-        """Read a document of any length at constant memory, a few segments a call: idx (B, T) -> last logits (B, V)."""
+        """Read a document of any length at constant memory, by segments: idx (B, T) -> last logits (B, V)."""
         state = state or self.initial_state(idx.shape[0])
-        start, S = 0, state.segment_len
-        step = max(1, tokens_a_call // (idx.shape[0] * S)) * S
+        start, step = 0, max(1, tokens_a_call // (idx.shape[0] * state.segment_len)) * state.segment_len
         while True:  # at least one call: it refuses an empty idx
             stop = start + step - state.fill
             logits, _, state = self(idx[:, start:stop], state=state, keep="last", write=write)
@@ -438,7 +419,7 @@ class LM2(nn.Module):
     @torch.no_grad()
     def stream(self, idx: Tensor, max_new_tokens: int, temperature: float = 0.0,
                generator: torch.Generator | None = None, write: bool = True) -> Iterator[Tensor]:
-        """Read idx (B, T), then yield max_new_tokens new ids (B,), one at a time; temperature 0 takes the likeliest."""
+        """Read idx (B, T), then yield max_new_tokens ids (B,) in turn; temperature 0 takes the likeliest."""
         logits, state = self.read(idx, write=write)
         for i in range(max_new_tokens):
             if temperature > 0:

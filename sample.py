@@ -2,10 +2,10 @@
 
     python sample.py --prompt "Mary went to the kitchen. John moved to the garden. Where is Mary?"
     python sample.py --file book.txt --prompt "Where is Mary?"       # the file, then the prompt behind it
-    cat book.txt | python sample.py --file - --memory off            # from standard input, the memory switched off
+    cat book.txt | python sample.py --file - --memory off            # from standard input, memory off
 
-Writes nothing but the continuation, on standard output. The prompt is read segment by segment: a million tokens need no
-more memory than a thousand, and a token of the answer costs the same after either.
+Writes nothing but the continuation, on standard output. The prompt is read segment by segment: a million
+tokens need no more memory than a thousand, and a token of the answer costs the same after either.
 """
 import codecs
 import sys
@@ -16,15 +16,15 @@ import torch
 from babilong_eval import pick_device
 from data.checkpoint import load_checkpoint
 from data.cli import Parser, one_line
-from data.tokenizer import Tokenizer
 
 
 def read_text(name: str) -> str:
-    """The text of a file, or of standard input for "-"; ValueError names a file that is missing or not UTF-8."""
+    """The text of a file, "-" for standard input; ValueError names a file that is missing or not UTF-8."""
     if name != "-" and not Path(name).is_file():
-        raise ValueError(f"--file {name}: there is no such file, give the path of a text or - for standard input")
+        raise ValueError(f"--file {name}: there is no such file, give the path of a text or - for standard "
+                         "input")
     try:
-        return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8")
+        return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"--file {name} is not UTF-8 (byte {error.start}): convert it first") from None
 
@@ -32,35 +32,38 @@ def read_text(name: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("sample.py", __doc__.split("\n")[0])
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="checkpoint of train.py (default out/ckpt.pt)")
-    parser.add_argument("--prompt", default="", help="text to go on from, behind --file if both are given (default none)")
-    parser.add_argument("--file", default=None, help="UTF-8 file to read first, - for standard input (default none; "
-                        "standard input if there is no prompt either)")
+    parser.add_argument("--prompt", default="",
+                        help="text to go on from, behind --file if both are given (default none)")
+    parser.add_argument("--file", default=None, help="UTF-8 file to read first, - for standard input "
+                        "(default none; standard input if there is no prompt either)")
     parser.add_argument("--max_new_tokens", type=int, default=16, help="tokens to write at most (default 16)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default 0)")
+    parser.add_argument("--temperature", type=float, default=0.0,
+                        help="0 takes the likeliest token (default 0)")
     parser.add_argument("--seed", type=int, default=0, help="seed for temperatures above 0 (default 0)")
-    parser.add_argument("--memory", default="on", choices=("on", "off"), help="off holds every bank at its initial value "
-                        "(default on)")
-    parser.add_argument("--raw", action="store_true", help="keep line ends and runs of spaces; without it they become "
-                        "single spaces, as in the training text (default off)")
+    parser.add_argument("--memory", default="on", choices=("on", "off"),
+                        help="off holds every bank at its initial value (default on)")
+    parser.add_argument("--raw", action="store_true", help="keep line ends and runs of spaces; without it "
+                        "they become single spaces, as in the training text (default off)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     args = parser.parse_args(argv)
     if args.max_new_tokens < 0 or args.temperature < 0:
-        parser.error(f"--max_new_tokens {args.max_new_tokens} and --temperature {args.temperature} must not be negative")
+        parser.error(f"--max_new_tokens {args.max_new_tokens} and --temperature {args.temperature} "
+                     "must not be negative")
     with one_line("sample.py"):
         device = pick_device(args.device)
-        model, content = load_checkpoint(args.ckpt, device)
-        tokenizer = Tokenizer(content["tokenizer"])
+        model, tokenizer, _ = load_checkpoint(args.ckpt, device)
         name = "-" if args.file is None and not args.prompt else args.file
         text = " ".join(filter(None, [read_text(name) if name else "", args.prompt]))
-        text = text if args.raw else " " + " ".join(text.split())   # every sentence in training has a space before it
+        text = text if args.raw else " " + " ".join(text.split())   # training has a space before sentences
         ids = tokenizer.encode(text)
         if not text.strip():
             raise ValueError("the prompt is empty: give --prompt, --file or text on standard input")
         model.eval()
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")   # a character may end in a later token
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
         generator = torch.Generator(device).manual_seed(args.seed)
         prompt = torch.tensor([ids], device=device)
-        for new in model.stream(prompt, args.max_new_tokens, args.temperature, generator, write=args.memory == "on"):
+        for new in model.stream(prompt, args.max_new_tokens, args.temperature, generator,
+                                write=args.memory == "on"):
             if new.item() == tokenizer.eot:
                 break
             print(decoder.decode(tokenizer.decode_bytes([new.item()])), end="", flush=True)

@@ -1,15 +1,16 @@
-"""Train LM2 on BABILong documents made on the fly, by a curriculum: few facts first, then prose, then many segments.
+"""Train LM2 on BABILong documents made on the fly: few facts first, then prose, then many segments.
 
-    python train.py --tokens 300000 --out_dir out/quick          # a minute: everything runs, nothing is learned yet
-    python train.py                                              # the default model, minutes on two CPU cores
-    python train.py --tokens 30000000 --minutes 20               # stops after 20 minutes, saves, evaluates ...
-    python train.py --resume --minutes 20                        # ... and goes on where it stopped
+    python train.py --tokens 300000 --out_dir out/quick     # a minute: all of it runs, nothing is learned yet
+    python train.py                                         # the default model, minutes on two CPU cores
+    python train.py --tokens 30000000 --minutes 20          # stops after 20 minutes, saves, evaluates ...
+    python train.py --resume --minutes 20                   # ... and goes on where it stopped
 
-Writes ckpt.pt, metrics.jsonl and predictions.jsonl to --out_dir and ends with a table: accuracy against length, memory
-on and off. `python babilong_eval.py` and `python sample.py` read the checkpoint.
+Writes ckpt.pt, metrics.jsonl and predictions.jsonl to --out_dir and ends with a table: accuracy against
+length, memory on and off. `python babilong_eval.py` and `python sample.py` read the checkpoint.
 """
 import ctypes
 import json
+import math
 import random
 import time
 from collections import deque
@@ -22,14 +23,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import babilong_eval
-from babilong_eval import evaluate, exact_match, pick_device, save_predictions, table
+from babilong_eval import check_cells, evaluate, exact_match, pick_device, save_predictions, table
 from data import background
 from data.babi import TASKS
-from data.babilong import Builder, parse_length
+from data.babilong import Builder, length_name, parse_length
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.cli import Parser, one_line
-from data.tokenizer import Tokenizer, load
+from data.tokenizer import load
 from lm2 import PRESETS, LM2, LM2Config
 
 
@@ -38,13 +38,13 @@ class TrainConfig:
     preset: str = "cpu"                 # model of lm2.PRESETS; flags of single sizes win over it
     out_dir: str = "out"                # folder for ckpt.pt, metrics.jsonl and predictions.jsonl
     tasks: str = "qa1"                  # bAbI tasks to train on and to evaluate, with spaces between
-    stages: str = "2:0 4:0 4:2:32 4:3:32 10:4:32 10:8:32 10:8:64 10:16:64 10:8 10:16"  # the curriculum, see Stage
-    tokens: int = 12_000_000            # tokens to train on, all stages together; the learning rate ends at 0 there
+    stages: str = "2:0 4:0 4:2:32 4:3:32 10:4:32 10:8:32 10:8:64 10:16:64 10:8 10:16"  # curriculum, see Stage
+    tokens: int = 12_000_000            # tokens to train on, all stages; the learning rate ends at 0 there
     batch_size: int = 32                # most documents in a micro-batch
     batch_tokens: int = 32768           # most tokens in a micro-batch: long documents come in smaller ones
     accumulate: int = 1                 # micro-batches a step
-    plain: float = 0.1                  # share of batches without background once there is some, so 0k is not forgotten
-    leave_at: float = 0.9               # a stage is left when this share of its longest documents' answers is right ...
+    plain: float = 0.1                  # share of batches without background later on, so 0k is not forgotten
+    leave_at: float = 0.9               # share of right answers to its longest documents that ends a stage
     leave_plain_at: float = 0.95        # ... this share in stages without background ...
     leave_window: int = 24              # ... over so many of its latest batches
     stage_steps: int = 1000             # ... or after so many steps
@@ -56,7 +56,7 @@ class TrainConfig:
     beta2: float = 0.98                 # AdamW; beta1 is 0.9
     clip: float = 1.0                   # longest gradient, norm over all parameters
     seed: int = 0                       # of the initial weights and of the data
-    background: str | None = None       # folder of .txt files to hide facts in; None: Python's own documentation
+    background: str | None = None       # folder of .txt files to hide facts in; None: Python's documentation
     device: str = "auto"                # auto, cpu or cuda
     threads: int = 0                    # CPU threads; 0 leaves PyTorch's choice
     minutes: float | None = None        # stop after so long, save and evaluate; --resume goes on
@@ -67,17 +67,27 @@ class TrainConfig:
     table_n: int = 200                  # samples a cell of that table
 
     def __post_init__(self):
-        for name in ("tokens", "batch_size", "batch_tokens", "accumulate", "leave_window", "log_every", "eval_every", "eval_n", "table_n"):
+        for name in ("tokens", "batch_size", "batch_tokens", "accumulate", "leave_window", "stage_steps",
+                     "log_every", "eval_every", "eval_n", "table_n"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} {getattr(self, name)} must be a number above 0")
+        for name, low, high in (
+                ("plain", 0, 1), ("leave_at", 0, 1), ("leave_plain_at", 0, 1), ("beta2", 0, 0.999999),
+                ("decay", 1e-9, 1), ("weight_decay", 0, math.inf), ("warmup", 0, math.inf),
+                ("threads", 0, 4096), ("seed", 0, 2**32 - 1), ("minutes", 0, math.inf)):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"--{name} {value} must lie between {low:g} and {high:g}")
         if self.preset not in PRESETS:
             raise ValueError(f"--preset {self.preset!r} is unknown: choose from {', '.join(PRESETS)}")
         if self.schedule not in ("trapezoid", "cosine"):
             raise ValueError(f"--schedule {self.schedule!r} is unknown: choose trapezoid or cosine")
-        if unknown := [t for t in self.tasks.split() if t not in TASKS] or ["none"] * (not self.tasks.split()):
+        if unknown := ([t for t in self.tasks.split() if t not in TASKS]
+                       or ["none"] * (not self.tasks.split())):
             raise ValueError(f"--tasks {unknown[0]!r} is unknown: choose from {' '.join(TASKS)}")
-        if not 0 < self.decay <= 1 or not 0 <= self.plain <= 1:
-            raise ValueError(f"--decay {self.decay} must lie in 0 .. 1, above 0, --plain {self.plain} in 0 .. 1")
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,10 @@ class Stage:
     """One stage of the curriculum: documents of 2 .. `facts` facts in 1 .. `segments` segments."""
     facts: int                          # most facts in a document
     segments: int                       # most segments; 0: the facts alone, without background
-    segment_len: int                    # tokens in a segment: short ones first, an update of the memory costs less
+    segment_len: int                    # tokens in a segment: short first, an update of the memory costs less
+
+    def __str__(self) -> str:
+        return f"{self.facts} facts" + f" in {self.segments} x {self.segment_len}" * (self.segments > 0)
 
     @staticmethod
     def parse(text: str, longest: int) -> "Stage":
@@ -95,42 +108,46 @@ class Stage:
         except (ValueError, TypeError):
             raise ValueError(f"--stages: {text!r} is not facts:segments or facts:segments:tokens") from None
         if stage.facts < 2 or stage.segments < 0 or not 1 <= stage.segment_len <= longest or len(rest) > 1:
-            raise ValueError(f"--stages: {text!r} needs 2 facts or more and segments of 1 to {longest} tokens")
+            raise ValueError(f"--stages: {text!r} needs 2 facts or more and segments of 1 to {longest} "
+                             "tokens")
         return stage
 
 
 def make_batch(builder: Builder, tasks: list[str], stage: Stage, c: TrainConfig, rng: random.Random
                ) -> tuple[Tensor, Tensor, int]:
-    """idx and targets (B, T) of documents with equally many segments, padded on the right, and how many those are."""
+    """idx and targets (B, T) of documents of equally many segments, padded on the right, and how many."""
     S = stage.segment_len
     bare = stage.segments == 0 or rng.random() < c.plain
-    segments = stage.segments if rng.random() < 0.5 else 1 + int(rng.random() * stage.segments)  # half of them longest
+    segments = stage.segments if rng.random() < 0.5 else 1 + int(rng.random() * stage.segments)
+    segments = 0 if bare else max(1, segments)      # half of those with background are the stage's longest
     size = max(1, min(c.batch_size, c.batch_tokens // (S * max(1, segments))))
     room = (0, 0) if bare else ((segments - 1) * S + 1, segments * S)
-    documents = [builder.lesson(tasks, 2 + int(rng.random() * (stage.facts - 1)), room, rng) for _ in range(size)]
+    documents = [builder.lesson(tasks, 2 + int(rng.random() * (stage.facts - 1)), room, rng)
+                 for _ in range(size)]
     T = max(len(d.ids) for d in documents)
     idx, targets = np.zeros((size, T), np.int64), np.full((size, T), -1, np.int64)
     for row, d in enumerate(documents):
         idx[row, :len(d.ids)] = d.ids
         for start, stop in d.answers:  # each position is asked for the token behind it
             targets[row, start - 1:stop - 1] = d.ids[start:stop]
-    return torch.from_numpy(idx), torch.from_numpy(targets), 0 if bare else segments
+    return torch.from_numpy(idx), torch.from_numpy(targets), segments
 
 
 def learning_rate(c: TrainConfig, step: int, done: float) -> float:
     """At a step (from 0) and a share `done` of all tokens."""
     if c.schedule == "cosine":
-        falling = 0.5 + 0.5 * np.cos(np.pi * min(1.0, done))
+        falling = 0.5 + 0.5 * math.cos(math.pi * min(1.0, done))
     else:
         falling = min(1.0, max(0.0, 1 - done) / c.decay)
-    return c.lr * min(1.0, (step + 1) / max(1, c.warmup)) * float(falling)
+    return c.lr * min(1.0, (step + 1) / max(1, c.warmup)) * falling
 
 
 def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
-    """(training configuration, model sizes, whether to resume, the flags given); ValueError for bad values."""
+    """(training configuration, model sizes, whether to resume, flags given); ValueError for bad values."""
     parser = Parser("train.py", __doc__.split("\n")[0])
-    parser.add_argument("--resume", action="store_true", help="go on from out_dir/ckpt.pt with its configuration; only "
-                        "out_dir, minutes, device, threads and what is evaluated may be given anew (default off)")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on from out_dir/ckpt.pt with its configuration; only out_dir, minutes, "
+                             "device, threads, log_every, eval_* and table_* may be given anew (default off)")
     parser.add_fields(TrainConfig)
     parser.add_fields(LM2Config, skip=("vocab_size", "rope_scaling"))
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
@@ -141,7 +158,8 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
     return c, sizes, resume, given
 
 
-ANEW = {"out_dir", "minutes", "device", "threads", "log_every", "eval_every", "eval_n", "table_lengths", "table_n"}
+ANEW = {"out_dir", "minutes", "device", "threads", "log_every", "eval_every", "eval_n", "table_lengths",
+        "table_n"}
 
 
 class Trainer:
@@ -153,11 +171,14 @@ class Trainer:
         if resume:
             if fixed := sorted(set(given) - ANEW):
                 raise ValueError(f"--resume takes --{fixed[0]} from the checkpoint: leave that flag out")
-            self.model, saved = load_checkpoint(self.ckpt)
-            if "train" not in saved:
+            self.model, self.tokenizer, saved = load_checkpoint(self.ckpt)
+            if not {"train", "optimizer", "recent", "rng", "progress"} <= set(saved):
                 raise ValueError(f"{self.ckpt} holds a model but no training to resume")
-            c = TrainConfig(**saved["train"] | {k: v for k, v in given.items() if k in ANEW})
-            self.tokenizer = Tokenizer(saved["tokenizer"])
+            try:  # the time limit was that of the earlier call
+                c = TrainConfig(**saved["train"] | dict(minutes=None)
+                                | {k: given[k] for k in ANEW & set(given)})
+            except TypeError as error:
+                raise ValueError(f"{self.ckpt} does not fit this code: {error}") from None
         else:
             self.tokenizer = load()
             torch.manual_seed(c.seed)
@@ -166,15 +187,19 @@ class Trainer:
         self.stages = [Stage.parse(s, self.model.cfg.segment_len) for s in c.stages.split()]
         if not self.stages:
             raise ValueError("--stages is empty: give facts:segments, once or more")
-        self.table_lengths = [parse_length(x) for x in c.table_lengths.split()]
+        self.tasks = list(dict.fromkeys(c.tasks.split()))
+        self.table_lengths = [parse_length(x) for x in dict.fromkeys(c.table_lengths.split())]
         if c.threads:
             torch.set_num_threads(c.threads)
-        self.autocast = (torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext())
+        self.autocast = (torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda"
+                         else nullcontext())
         documents = background.documents(c.background)
-        self.train_set, self.val_set = (Builder(self.tokenizer, part, c.background, documents) for part in ("train", "val"))
+        self.train_set, self.val_set = (Builder(self.tokenizer, part, c.background, documents)
+                                        for part in ("train", "val"))
+        check_cells(self.val_set, self.tasks, self.table_lengths)
         self.model.to(self.device)
-        self.optimizer = torch.optim.AdamW(self.model.optimizer_groups(c.weight_decay), lr=c.lr, betas=(0.9, c.beta2),
-                                           fused=True)
+        self.optimizer = torch.optim.AdamW(self.model.optimizer_groups(c.weight_decay), lr=c.lr,
+                                           betas=(0.9, c.beta2), fused=True)
         self.rng = random.Random(c.seed + 1)
         self.step = self.tokens = self.stage = self.stage_step = 0
         self.seconds, self.recent = 0.0, deque(maxlen=c.leave_window)
@@ -184,16 +209,23 @@ class Trainer:
             self.recent.extend(saved["recent"])
             self.rng.setstate((saved["rng"][0], tuple(saved["rng"][1]), saved["rng"][2]))
         out.mkdir(parents=True, exist_ok=True)
-        self.metrics = open(out / "metrics.jsonl", "a" if resume else "w", encoding="utf-8")
+        path, kept = out / "metrics.jsonl", []
+        if resume and path.is_file():  # a run that was killed logged steps that are taken again now
+            kept = [x for x in path.read_text(encoding="utf-8").splitlines(True)
+                    if json.loads(x)["step"] <= self.step]
+        self.metrics = open(path, "w", encoding="utf-8")
+        self.metrics.writelines(kept)
 
     def save(self) -> None:
         version, numbers, gauss = self.rng.getstate()
-        save_checkpoint(self.ckpt, self.model, tokenizer=self.tokenizer.ranks, train=asdict(self.c),
-                        optimizer=self.optimizer.state_dict(), recent=list(self.recent), rng=[version, list(numbers), gauss],
+        save_checkpoint(self.ckpt, self.model, self.tokenizer, train=asdict(self.c),
+                        optimizer=self.optimizer.state_dict(), recent=list(self.recent),
+                        rng=[version, list(numbers), gauss],
                         progress=[self.step, self.tokens, self.stage, self.stage_step, self.seconds])
 
     def log(self, **values) -> None:
-        self.metrics.write(json.dumps(dict(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 1), **values)) + "\n")
+        now = dict(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 1))
+        self.metrics.write(json.dumps(now | values) + "\n")
         self.metrics.flush()
 
     def train_step(self) -> dict:
@@ -203,7 +235,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for _ in range(c.accumulate):
-            idx, targets, segments = make_batch(self.train_set, c.tasks.split(), stage, c, self.rng)
+            idx, targets, segments = make_batch(self.train_set, self.tasks, stage, c, self.rng)
             idx, targets = idx.to(self.device), targets.to(self.device)
             with self.autocast:
                 logits, loss, _ = self.model(idx, targets, keep="targets", segment_len=stage.segment_len)
@@ -220,7 +252,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step, self.stage_step = self.step + 1, self.stage_step + 1
-        return dict(loss=sum(losses) / len(losses), accuracy=hits / asked, lr=lr, stage=self.stage, grad_norm=norm.item())
+        return dict(loss=sum(losses) / len(losses), accuracy=hits / asked, lr=lr, stage=self.stage,
+                    grad_norm=norm.item())
 
     def next_stage(self) -> str | None:
         """Leave the stage if it is learned or its steps are spent; a line to print if so."""
@@ -233,31 +266,32 @@ class Trainer:
         self.stage, self.stage_step = self.stage + 1, 0
         self.recent.clear()
         now = self.stages[self.stage]
-        return (f"{self.seconds:5.0f} s, {self.tokens / 1e6:5.1f} M tokens: {left.facts} facts, {left.segments} segments of "
-                f"{left.segment_len}: {mean:.0%} after {steps} steps; now {now.facts} facts, {now.segments} of {now.segment_len}")
+        return (f"{self.seconds:5.0f} s, {self.tokens / 1e6:4.1f} M tokens: "
+                f"{left} {mean:.0%} after {steps} steps, now {now}")
 
     def validate(self) -> dict:
         """Exact match on a fixed set of benchmark samples, the same every time."""
         lengths = [x for x in self.table_lengths if x <= 4000] or self.table_lengths[:1]
-        rows = list(evaluate(self.model, self.tokenizer, self.val_set, self.c.tasks.split(), lengths, self.c.eval_n,
-                             seed=-1, modes=("on",)))
         hits: dict[str, list[bool]] = {}
-        for r in rows:
-            hits.setdefault(f"{r['task']} {babilong_eval.length_name(r['length'])}", []).append(
-                exact_match(r["target"], r["output"]))
+        for r in evaluate(self.model, self.tokenizer, self.val_set, self.tasks, lengths, self.c.eval_n, -1,
+                          ("on",)):
+            cell = hits.setdefault(f"{r['task']} {length_name(r['length'])}", [])
+            cell.append(exact_match(r["target"], r["output"]))
         return {cell: round(sum(h) / len(h), 4) for cell, h in hits.items()}
 
     def run(self) -> None:
         c, began, before = self.c, time.perf_counter(), self.seconds
-        bar = tqdm(total=c.tokens, initial=self.tokens, unit="tok", unit_scale=True, disable=None, smoothing=0.05)
+        bar = tqdm(total=c.tokens, initial=self.tokens, unit="tok", unit_scale=True, disable=None,
+                   smoothing=0.05)
         losses, start = [], self.tokens
         while True:
-            last = self.tokens >= c.tokens or (c.minutes is not None and self.seconds - before >= 60 * c.minutes)
+            last = (self.tokens >= c.tokens
+                    or (c.minutes is not None and self.seconds - before >= 60 * c.minutes))
             if last or self.tokens // c.eval_every > start // c.eval_every:
                 if not last:
                     cells = self.validate()
                     self.log(validation=cells)
-                    tqdm.write(f"{self.seconds:5.0f} s, {self.tokens / 1e6:5.1f} M tokens, step {self.step}: validation "
+                    tqdm.write(f"{self.seconds:5.0f} s, {self.tokens / 1e6:4.1f} M tokens: validation "
                                + ", ".join(f"{cell} {100 * x:.0f} %" for cell, x in cells.items()))
                 self.save()
             if last:
@@ -269,23 +303,23 @@ class Trainer:
             bar.update(self.tokens - start)
             if line := self.next_stage():
                 tqdm.write(line)
-            if self.step % c.log_every == 0:
+            if self.step % c.log_every == 0 or self.tokens >= c.tokens:
                 numbers["loss"] = sum(losses) / len(losses)
                 losses.clear()
                 self.log(**{k: round(v, 6) for k, v in numbers.items()})
-                bar.set_postfix(loss=f"{numbers['loss']:.3f}", acc=f"{numbers['accuracy']:.2f}", lr=f"{numbers['lr']:.1e}",
-                                stage=f"{self.stage + 1}/{len(self.stages)}")
+                bar.set_postfix(loss=f"{numbers['loss']:.3f}", acc=f"{numbers['accuracy']:.2f}",
+                                lr=f"{numbers['lr']:.1e}", stage=f"{self.stage + 1}/{len(self.stages)}")
         bar.close()
-        print(f"trained {self.tokens / 1e6:.1f} M tokens in {self.step} steps and {self.seconds / 60:.1f} minutes; "
-              f"wrote {self.ckpt}", flush=True)
-        rows = list(evaluate(self.model, self.tokenizer, self.val_set, c.tasks.split(), self.table_lengths, c.table_n,
-                             show=True))
+        print(f"trained {self.tokens / 1e6:.1f} M tokens in {self.step} steps and {self.seconds / 60:.1f} "
+              f"minutes; wrote {self.ckpt}", flush=True)
+        rows = list(evaluate(self.model, self.tokenizer, self.val_set, self.tasks, self.table_lengths,
+                             c.table_n, show=True))
         save_predictions(rows, self.ckpt.with_name("predictions.jsonl"))
         print(table(rows))
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees: giving it back and taking it again costs a CPU step 10 to 25 % in page faults."""
+    """Let glibc keep what a step frees: to give it back and take it again costs 10 to 25 % of a CPU step."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)             # M_MMAP_MAX: no block of its own for each large tensor
@@ -299,12 +333,16 @@ def main(argv: list[str] | None = None) -> None:
     with one_line("train.py"):
         t = Trainer(*read_flags(argv))
         total, memory = t.model.n_params()
-        why = "found" if t.c.device == "auto" and t.device.type == "cuda" else "no CUDA device" if t.c.device == "auto" else "asked"
-        print(f"training: {t.c}", f"model: {t.model.cfg}", sep="\n")
-        print(f"{total:,} parameters, {memory:,} of them memory; {t.device} ({why}), "
-              f"{'bfloat16 autocast' if t.device.type == 'cuda' else 'float32'}, {torch.get_num_threads()} threads; "
-              f"{t.train_set.chars_per_token:.2f} characters a token; {len(t.train_set.prose):,} tokens of background to "
-              f"train on, {len(t.val_set.prose):,} to validate", flush=True)
+        cuda = t.device.type == "cuda"
+        why = "asked for" if t.c.device != "auto" else "found" if cuda else "no CUDA device here"
+        print(t.c, t.model.cfg, sep="\n")
+        print(f"{total:,} parameters, {memory:,} of them memory",
+              f"{t.device} ({why}), {'bfloat16 autocast' if cuda else 'float32'}, "
+              f"{torch.get_num_threads()} threads",
+              f"{len(t.train_set.prose):,} tokens of background to train on, {len(t.val_set.prose):,} to "
+              f"validate, {t.train_set.chars_per_token:.2f} characters a token",
+              f"{t.c.batch_size} documents a step, or fewer with {t.c.batch_tokens:,} tokens, times "
+              f"{t.c.accumulate}", sep="\n", flush=True)
         t.run()
 
 

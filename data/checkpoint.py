@@ -1,6 +1,6 @@
 """Checkpoints: the model, its configuration and tokenizer, and what training needs to go on, in one file.
 
-    model, content = load_checkpoint("out/ckpt.pt")
+    model, tokenizer, content = load_checkpoint("out/ckpt.pt")
 
 Tensors and plain values only, so that loading one runs no code. Writes where it is told, all or nothing.
 """
@@ -10,32 +10,36 @@ from pathlib import Path
 
 import torch
 
+from data.tokenizer import Tokenizer
 from lm2 import LM2, LM2Config
 
 FORMAT = "lm2-checkpoint-1"
 
 
-def save_checkpoint(path: str | Path, model: LM2, **values) -> None:
-    """Write the model and `values` (tensors and plain values only) to `path`; a file that is there stays whole until the
-    new one is complete. Raises OSError if it cannot be written."""
+def save_checkpoint(path: str | Path, model: LM2, tokenizer: Tokenizer, **values) -> None:
+    """Write model, tokenizer and `values` (tensors and plain values only) to `path`; a file that is there
+    stays whole until the new one is complete. Raises OSError if it cannot be written."""
     path = Path(path)
     partial = path.with_name(path.name + ".tmp")
-    content = dict(format=FORMAT, config=asdict(model.cfg), model=model.state_dict(), **values)
+    content = dict(format=FORMAT, config=asdict(model.cfg), model=model.state_dict(),
+                   tokenizer=tokenizer.ranks)
     try:
         with open(partial, "wb") as file:
-            torch.save(content, file)
+            torch.save(content | values, file)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        partial.unlink(missing_ok=True)
+        if partial.is_file():
+            partial.unlink()
         raise OSError(f"cannot write the checkpoint {path}: {error}") from None
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[LM2, dict]:
-    """A file of `save_checkpoint` -> the model on `device`, and everything that the file holds. Raises ValueError, in one
-    line, for a file that is missing, cut short, or of another format."""
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[LM2, Tokenizer, dict]:
+    """A file of `save_checkpoint` -> the model on `device`, its tokenizer, and everything the file holds.
+    Raises ValueError, in one line, for a file that is missing, cut short, or of another format."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}: train one (python train.py) or name another with --ckpt")
+        raise ValueError(f"there is no checkpoint {path}: train one (python train.py) or name another "
+                         "with --ckpt")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception:  # a broken zip, pickle or tensor: torch has no common class for them
@@ -46,6 +50,12 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
         with torch.device(device):
             model = LM2(LM2Config(**content["config"]))
         model.load_state_dict(content["model"], strict=True)
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        tokenizer = Tokenizer(content["tokenizer"])
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}: train again or name another") from None
+    except (AttributeError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} does not fit this code: {str(error).splitlines()[0]}") from None
-    return model, content
+    if tokenizer.n_vocab != model.cfg.vocab_size:
+        raise ValueError(f"{path}: a tokenizer of {tokenizer.n_vocab} tokens, "
+                         f"a model of {model.cfg.vocab_size}")
+    return model, tokenizer, content

@@ -1,4 +1,4 @@
-"""What every command line here shares: flags made from a dataclass, and mistakes that end in one line and exit code 2.
+"""What all command lines here share: flags made from a dataclass, mistakes that end in one line, exit code 2.
 
     from data.cli import Parser, one_line
 
@@ -23,8 +23,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (see --help)\n")
 
     def add_fields(self, config: type, skip: tuple[str, ...] = ()):
-        """One flag for each field of a dataclass: its type, its default, and the comment behind it as help. A flag that
-        is not given is None, so that a preset can be told from an explicit choice."""
+        """One flag for each field of a dataclass: its type, its default, and the comment behind it as help.
+        A flag that is not given is None, so that a preset can be told from an explicit choice."""
         notes = field_notes(inspect.getsource(config))
         for f in fields(config):
             if f.name in skip:
@@ -33,9 +33,11 @@ class Parser(argparse.ArgumentParser):
             default = None if f.default is MISSING else f.default
             text = f"{notes[f.name]} (default {default})".replace("%", "%%")
             if kind is bool:
-                self.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=None, help=text)
+                self.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=None,
+                                  help=text)
             else:
-                self.add_argument(f"--{f.name}", type=kind, default=None, metavar=kind.__name__.upper(), help=text)
+                self.add_argument(f"--{f.name}", type=kind, default=None, metavar=kind.__name__.upper(),
+                                  help=text)
 
 
 def field_type(f: Field, config: type) -> type:
@@ -59,13 +61,17 @@ def field_notes(source: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def one_line(prog: str):
-    """A user's mistake (ValueError, or a file that cannot be read or written) ends in one line and exit code 2."""
+    """A user's mistake (ValueError, a file that cannot be used) ends in one line and exit code 2."""
     try:
         yield
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        raise SystemExit(130)
     except BrokenPipeError:  # the reader of our output has gone: `| head`
         sys.stderr.close()
         raise SystemExit(0)
     except (ValueError, OSError) as error:
-        message = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
+        message = (f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename
+                   else str(error))
         print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)

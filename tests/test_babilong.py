@@ -687,7 +687,7 @@ def evaluated(model, tok, folder, tmp_path_factory):
     """A folder with out/ckpt.pt, evaluated in place with the default paths; and what was printed."""
     path = tmp_path_factory.mktemp("evaluated")
     (path / "out").mkdir()
-    save_checkpoint(path / "out" / "ckpt.pt", model, tokenizer=tok.ranks)
+    save_checkpoint(path / "out" / "ckpt.pt", model, tok)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         patch.setattr(sys, "stdout", io.StringIO())

@@ -19,6 +19,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import reference  # noqa: E402
 from data.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from data.tokenizer import load  # noqa: E402
 from lm2 import LM2, PRESETS, LM2Config  # noqa: E402
 
 torch.set_num_threads(1)
@@ -610,11 +611,13 @@ def test_a_model_built_on_the_meta_device_and_filled_later_is_the_same_model():
 
 @torch.no_grad()
 def test_a_checkpoint_gives_the_same_model_back_and_a_broken_one_a_single_line(tmp_path):
-    model, idx = build(dtype=torch.float32, rope_scaling=LLAMA3), text(2, 3 * S + 2)
-    path = tmp_path / "model.pt"
-    save_checkpoint(path, model, step=7)
-    again, content = load_checkpoint(path)
+    tokenizer = load()
+    model = build(dtype=torch.float32, rope_scaling=LLAMA3, vocab_size=tokenizer.n_vocab)
+    path, idx = tmp_path / "model.pt", text(2, 3 * S + 2)
+    save_checkpoint(path, model, tokenizer, step=7)
+    again, words, content = load_checkpoint(path)
     assert torch.equal(again(idx)[0], model(idx)[0]) and again.cfg == model.cfg and content["step"] == 7
+    assert words.ranks == tokenizer.ranks
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
     path.write_bytes(path.read_bytes()[:1000])
     for broken in (path, tmp_path / "none.pt"):
