@@ -278,11 +278,10 @@ def main(argv: list[str] | None = None) -> None:
         out = Path(args.out or Path(args.ckpt).with_name("predictions.jsonl"))
         if out.is_dir() or not out.parent.is_dir():
             raise ValueError(f"--out {out} is a folder or in none: name a file in a folder that is there")
-        print(f"{args.ckpt}: {model.n_params()[0]:,} parameters, segments of {model.cfg.segment_len} tokens, "
-              f"{device}; {builder.chars_per_token:.2f} characters a token")
+        print(f"{args.ckpt}: {model.n_params()[0]:,} parameters, segments of {model.cfg.segment_len} tokens\n"
+              f"background of {len(builder.prose):,} tokens, {builder.chars_per_token:.2f} characters a token, {device}")
         if max(lengths) > len(builder.prose):
-            print(f"the background has {len(builder.prose):,} tokens: "
-                  "longer samples go round it more than once")
+            print("samples longer than the background go round it more than once")
         modes = tuple(dict.fromkeys(args.memory))
         rows = list(evaluate(model, tokenizer, builder, tasks, lengths, args.n, args.seed, modes,
                              args.max_tokens, True))

@@ -84,7 +84,7 @@ class BlockState:
     """What one block carries. Of the open (unfinished) segment the first `fill` rows of k, v, q, c count."""
     k: Tensor                   # (B, S, KV, D/H) keys of the open segment's self-attention, already rotated
     v: Tensor                   # (B, S, KV, D/H)
-    bank: Tensor | None = None  # (B, N, D) the memory M; None in a block without memory
+    bank: Tensor | None = None  # (B, N, D) its M, or None; differs from paper: t counts segments, not blocks
     q: Tensor | None = None     # (B, S, D) queries of the open segment, kept for its write
     c: Tensor | None = None     # (B, S, D) its gated candidates g_in * tanh(E w_write)
 
@@ -377,7 +377,7 @@ class LM2(nn.Module):
                              "they must be of one shape")
         if keep not in ("all", "last", "targets") or (keep == "targets" and targets is None):
             raise ValueError(f"keep is {keep!r}: it must be 'all', 'last' or, with targets, 'targets'")
-        state = state or self.initial_state(idx.shape[0], segment_len)
+        state = state or self.initial_state(idx.shape[0], segment_len)  # paper silent: reset a document
         self.check_state(state, idx.shape[0], segment_len)
         S, T, fill, start, out = state.segment_len, idx.shape[1], state.fill, 0, []
         blocks, x = list(state.blocks), self.tok_embeddings(idx)                # (B, T, D)

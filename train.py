@@ -212,7 +212,7 @@ class Trainer:
         path, kept = out / "metrics.jsonl", []
         if resume and path.is_file():  # a run that was killed logged steps that are taken again now
             kept = [x for x in path.read_text(encoding="utf-8").splitlines(True)
-                    if json.loads(x)["step"] <= self.step]
+                    if x.endswith("}\n") and json.loads(x)["step"] <= self.step]
         self.metrics = open(path, "w", encoding="utf-8")
         self.metrics.writelines(kept)
 

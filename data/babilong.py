@@ -90,18 +90,18 @@ class Builder:
               ) -> tuple[list[str], list[babi.Question]]:
         """Facts of a story of this part and questions on them: as bAbI asks (n_facts None), one; else
         everything that can be asked after n_facts facts, or after more where so few allow no question."""
-        rules, tries = babi.TASKS[task], 0
+        rules, silent = babi.TASKS[task], 0
         while True:
-            tries += 1
             if n_facts is None:
                 story = babi.story(rules, rng)
                 n, question = story.questions[int(rng.random() * len(story.questions))]
                 events, questions = story.events[:n], [question]
             else:
-                events = list(babi.simulate(rules, rng, n_facts + tries // 100))
+                events = list(babi.simulate(rules, rng, n_facts + silent // 100))
                 questions = babi.all_questions(rules, events, rng)
                 rng.shuffle(questions)
             texts = [e.text for e in events]
+            silent += not questions
             if questions and story_part(texts) == self.part:
                 return texts, questions
 
