@@ -38,8 +38,8 @@ class TrainConfig:
     preset: str = "cpu"                 # model of lm2.PRESETS; flags of single sizes win over it
     out_dir: str = "out"                # folder for ckpt.pt, metrics.jsonl and predictions.jsonl
     tasks: str = "qa1"                  # bAbI tasks to train on and to evaluate, with spaces between
-    stages: str = "2:0 4:0 4:2:32 4:3:32 10:4:32 10:8:32 10:8:64 10:16:64 10:8 10:16"  # curriculum, see Stage
-    tokens: int = 12_000_000            # tokens to train on, all stages; the learning rate ends at 0 there
+    stages: str = "2:0 4:0 10:0 4:2:32 4:3:32 10:4:32 10:8:32 10:8:64 10:16:64 10:8 10:16"  # see Stage
+    tokens: int = 10_000_000            # tokens to train on, all stages; the learning rate ends at 0 there
     batch_size: int = 32                # most documents in a micro-batch
     batch_tokens: int = 32768           # most tokens in a micro-batch: long documents come in smaller ones
     accumulate: int = 1                 # micro-batches a step
@@ -47,7 +47,7 @@ class TrainConfig:
     leave_at: float = 0.9               # share of right answers to its longest documents that ends a stage
     leave_plain_at: float = 0.95        # ... this share in stages without background ...
     leave_window: int = 24              # ... over so many of its latest batches
-    stage_steps: int = 1000             # ... or after so many steps
+    stage_steps: int = 1500             # ... or after so many steps
     lr: float = 2e-3                    # learning rate
     schedule: str = "trapezoid"         # after the warm-up: trapezoid (constant, then linear to 0) or cosine
     warmup: int = 100                   # steps from learning rate 0 to lr
@@ -122,8 +122,10 @@ def make_batch(builder: Builder, tasks: list[str], stage: Stage, c: TrainConfig,
     segments = 0 if bare else max(1, segments)      # half of those with background are the stage's longest
     size = max(1, min(c.batch_size, c.batch_tokens // (S * max(1, segments))))
     room = (0, 0) if bare else ((segments - 1) * S + 1, segments * S)
-    documents = [builder.lesson(tasks, 2 + int(rng.random() * (stage.facts - 1)), room, rng)
-                 for _ in range(size)]
+    documents = []
+    for _ in range(size):  # half of them with all the facts
+        facts = stage.facts if rng.random() < 0.5 else 2 + int(rng.random() * (stage.facts - 1))
+        documents.append(builder.lesson(tasks, facts, room, rng))
     T = max(len(d.ids) for d in documents)
     idx, targets = np.zeros((size, T), np.int64), np.full((size, T), -1, np.int64)
     for row, d in enumerate(documents):

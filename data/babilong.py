@@ -99,7 +99,6 @@ class Builder:
             else:
                 events = list(babi.simulate(rules, rng, n_facts + silent // 100))
                 questions = babi.all_questions(rules, events, rng)
-                rng.shuffle(questions)
             texts = [e.text for e in events]
             silent += not questions
             if questions and story_part(texts) == self.part:
