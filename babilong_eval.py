@@ -2,7 +2,7 @@
 
     python babilong_eval.py --tasks qa1 --lengths 0k 4k --n 50        # a minute on a laptop
     python babilong_eval.py --tasks qa1 --lengths 128k 1M --n 5       # far beyond any window, in equal memory
-    python babilong_eval.py --from_predictions out/predictions.jsonl  # the table again, without the model
+    python babilong_eval.py --from_predictions out/table.jsonl        # train.py's table again, from its file
 
 Writes predictions.jsonl, one line an answer, beside the checkpoint (or to --out) and prints the table of it.
 
@@ -140,12 +140,10 @@ def share(rows: list[dict]) -> tuple[int, int]:
     return sum(exact_match(r["target"], r["output"]) for r in rows), len(rows)
 
 
-def percent(rows: list[dict], interval: bool = False) -> str:
+def percent(rows: list[dict]) -> str:
     hits, n = share(rows)
-    if n == 0:
-        return "-" + " " * 11 * interval
     low, high = wilson(hits, n)
-    return f"{100 * hits / n:.1f}" + (f" [{100 * low:3.0f}, {100 * high:3.0f}]" if interval else "")
+    return f"{100 * hits / n:.1f} [{100 * low:2.0f},{100 * high:3.0f}]" if n else "-"
 
 
 def table(rows: list[dict]) -> str:
@@ -153,9 +151,9 @@ def table(rows: list[dict]) -> str:
     cells: dict[tuple[str, int], list[dict]] = {}
     for r in rows:
         cells.setdefault((r["task"], r["length"]), []).append(r)
-    lines = [f"exact match in %{'':34}|  facts outside the window",
-             f"{'task':>4} {'length':>6} {'n':>4}  {'memory on':>16} {'official':>8} {'floor':>5} | "
-             f"{'n':>4} {'on':>5}  {'memory off':>16}"]
+    lines = [f"exact match in %{'':29}| facts outside the window",
+             f"{'task':>4} {'length':>6} {'n':>4} {'memory on':>14} {'offic.':>6} {'floor':>5} |"
+             f"{'n':>4} {'memory on':>14} {'memory off':>14}"]
     for (task, length), cell in cells.items():
         on, off = ([r for r in cell if r["memory"] == mode] for mode in ("on", "off"))
         base = on or off
@@ -164,10 +162,11 @@ def table(rows: list[dict]) -> str:
         right = [official_score(task, r["target"], r["output"], r["question"]) for r in on]
         official = f"{100 * sum(right) / len(right):.1f}" if right else "-"
         far_on, far_off = ([r for r in part if r["outside"]] for part in (on, off))
-        lines.append(f"{task:>4} {length_name(length):>6} {len(base):4}  {percent(on, True):>16} "
-                     f"{official:>8} {100 * floor:5.1f} | {len(far_on or far_off):4} {percent(far_on):>5}  "
-                     f"{percent(far_off, True):>16}")
-    lines += ["[ , ]: Wilson's 95 % interval. floor: the best constant answer on these samples.",
+        lines.append(f"{task:>4} {length_name(length):>6} {len(base):4} {percent(on):>14} {official:>6} "
+                     f"{100 * floor:5.1f} |{len(far_on or far_off):4} {percent(far_on):>14} "
+                     f"{percent(far_off):>14}")
+    lines += ["[ , ]: Wilson's 95 % interval. offic.: the benchmark's own score, in % too.",
+              "floor: exact match of the best constant answer on these samples.",
               "Outside: all needed facts lie before the last segment, the attention window.",
               "Memory off: banks held at their initial value, so the last segment alone."]
     return "\n".join(lines)
@@ -207,7 +206,7 @@ def load_predictions(path: str | Path) -> list[dict]:
         try:
             row = json.loads(line.decode("utf-8"))
             if (not all(isinstance(row[key], kind) for key, kind in KINDS.items())
-                    or row["task"] not in LABELS):
+                    or row["task"] not in LABELS or row["memory"] not in ("on", "off")):
                 raise ValueError
             rows.append(row)
         except (ValueError, TypeError, KeyError):
@@ -237,17 +236,17 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, dtype=torch.float64, device=device).item()  # the angles are made in float64
         return device
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
         raise ValueError(f"--device {name!r} is not on this machine: give cpu, cuda or auto") from None
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("babilong_eval.py", __doc__.split("\n")[0])
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="checkpoint of train.py (default out/ckpt.pt)")
-    parser.add_argument("--tasks", nargs="+", default=["qa1"],
-                        help="bAbI tasks, such as qa1 qa2 (default qa1)")
+    parser.add_argument("--tasks", nargs="+", default=None,
+                        help="bAbI tasks, such as qa1 qa2 (default those of the training)")
     parser.add_argument("--lengths", nargs="+", default=["0k", "1k", "2k", "4k", "8k", "16k"],
                         help="tokens of facts + background; 0k is without (default 0k 1k 2k 4k 8k 16k)")
     parser.add_argument("--n", type=int, default=200, help="samples a task and length (default 200)")
@@ -271,15 +270,19 @@ def main(argv: list[str] | None = None) -> None:
             print(table(load_predictions(args.from_predictions)))
             return
         device = pick_device(args.device)
-        lengths, tasks = list(dict.fromkeys(map(parse_length, args.lengths))), list(dict.fromkeys(args.tasks))
-        model, tokenizer, _ = load_checkpoint(args.ckpt, device)
+        lengths = list(dict.fromkeys(map(parse_length, args.lengths)))
+        model, tokenizer, content = load_checkpoint(args.ckpt, device)
+        tasks = list(dict.fromkeys(args.tasks or content.get("train", dict(tasks="qa1"))["tasks"].split()))
         builder = Builder(tokenizer, "val", args.background)
         check_cells(builder, tasks, lengths)
         out = Path(args.out or Path(args.ckpt).with_name("predictions.jsonl"))
         if out.is_dir() or not out.parent.is_dir():
             raise ValueError(f"--out {out} is a folder or in none: name a file in a folder that is there")
+        if out.exists() and out.samefile(args.ckpt):
+            raise ValueError(f"--out {out} is the checkpoint: name another file")
         print(f"{args.ckpt}: {model.n_params()[0]:,} parameters, segments of {model.cfg.segment_len} tokens\n"
-              f"background of {len(builder.prose):,} tokens, {builder.chars_per_token:.2f} characters a token, {device}")
+              f"background of {len(builder.prose):,} tokens, {builder.chars_per_token:.2f} characters each, "
+              f"{device}")
         if max(lengths) > len(builder.prose):
             print("samples longer than the background go round it more than once")
         modes = tuple(dict.fromkeys(args.memory))

@@ -65,6 +65,8 @@ class LM2Config:
         if self.n_mem_layer and self.n_slot > self.n_embd:
             raise ValueError(f"n_slot {self.n_slot} is more than n_embd {self.n_embd}: the identity has no "
                              "more rows, and slots that start alike stay alike")
+        if not (self.rope_theta > 0 <= self.norm_eps):
+            raise ValueError(f"rope_theta {self.rope_theta} and norm_eps {self.norm_eps} must be above 0")
         want = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
         if self.rope_scaling is not None and (missing := want - set(self.rope_scaling)):
             raise ValueError(f"rope_scaling lacks {', '.join(sorted(missing))}")
@@ -187,7 +189,7 @@ class Memory(nn.Module):
         self.token_norm, self.bank_norm = RMSNorm(D, cfg.norm_eps), RMSNorm(D, cfg.norm_eps)
         self.wq, self.wk, self.wv, self.w_write = (nn.Linear(D, D, bias=False) for _ in range(4))
         self.w_out, self.w_in, self.w_forget = (nn.Linear(D, D, bias=True) for _ in range(3))
-        # paper silent: a slot may decline a segment; with equal scores about 0.4 of it stays unwritten.
+        # paper silent: a slot may decline a segment; with S equal scores about 0.4 of it stays unwritten.
         self.null = nn.Parameter(torch.full((cfg.n_mem_head,), math.log(cfg.segment_len) - 0.5))
 
     def initial_bank(self, batch: int) -> Tensor:
@@ -423,7 +425,7 @@ class LM2(nn.Module):
         logits, state = self.read(idx, write=write)
         for i in range(max_new_tokens):
             if temperature > 0:
-                p = (logits.float() / temperature).softmax(dim=-1)
+                p = ((logits - logits.amax(-1, keepdim=True)).double() / temperature).softmax(dim=-1)
                 new = torch.multinomial(p, 1, generator=generator)[:, 0]
             else:
                 new = logits.argmax(dim=-1)

@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     with one_line("sample.py"):
         device = pick_device(args.device)
         model, tokenizer, _ = load_checkpoint(args.ckpt, device)
+        if args.file is None and not args.prompt and sys.stdin.isatty():
+            raise ValueError("there is no prompt: give --prompt, --file or text on standard input")
         name = "-" if args.file is None and not args.prompt else args.file
         text = " ".join(filter(None, [read_text(name) if name else "", args.prompt]))
         text = text if args.raw else " " + " ".join(text.split())   # training has a space before sentences

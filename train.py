@@ -5,8 +5,8 @@
     python train.py --tokens 30000000 --minutes 20          # stops after 20 minutes, saves, evaluates ...
     python train.py --resume --minutes 20                   # ... and goes on where it stopped
 
-Writes ckpt.pt, metrics.jsonl and predictions.jsonl to --out_dir and ends with a table: accuracy against
-length, memory on and off. `python babilong_eval.py` and `python sample.py` read the checkpoint.
+Writes ckpt.pt, metrics.jsonl and, of the table of accuracy against length that it ends with, table.jsonl to
+--out_dir. `python babilong_eval.py` and `python sample.py` read the checkpoint.
 """
 import ctypes
 import json
@@ -14,7 +14,6 @@ import math
 import random
 import time
 from collections import deque
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from lm2 import PRESETS, LM2, LM2Config
 @dataclass(frozen=True)
 class TrainConfig:
     preset: str = "cpu"                 # model of lm2.PRESETS; flags of single sizes win over it
-    out_dir: str = "out"                # folder for ckpt.pt, metrics.jsonl and predictions.jsonl
+    out_dir: str = "out"                # folder for ckpt.pt, metrics.jsonl and table.jsonl
     tasks: str = "qa1"                  # bAbI tasks to train on and to evaluate, with spaces between
     stages: str = "2:0 4:0 10:0 4:2:32 4:3:32 10:4:32 10:8:32 10:8:64 10:16:64 10:8 10:16"  # see Stage
     tokens: int = 10_000_000            # tokens to train on, all stages; the learning rate ends at 0 there
@@ -90,7 +89,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the curriculum: documents of 2 .. `facts` facts in 1 .. `segments` segments."""
+    """Documents of 2 .. `facts` facts in 1 .. `segments` segments (more where the facts need them)."""
     facts: int                          # most facts in a document
     segments: int                       # most segments; 0: the facts alone, without background
     segment_len: int                    # tokens in a segment: short first, an update of the memory costs less
@@ -106,14 +105,13 @@ class Stage:
         except (ValueError, TypeError):
             raise ValueError(f"--stages: {text!r} is not facts:segments or facts:segments:tokens") from None
         if stage.facts < 2 or stage.segments < 0 or not 1 <= stage.segment_len <= longest or len(rest) > 1:
-            raise ValueError(f"--stages: {text!r} needs 2 facts or more and segments of 1 to {longest} "
-                             "tokens")
+            raise ValueError(f"--stages: {text!r} needs 2 facts or more, segments of 1 to {longest} tokens")
         return stage
 
 
 def make_batch(builder: Builder, tasks: list[str], stage: Stage, c: TrainConfig, rng: random.Random
                ) -> tuple[Tensor, Tensor, int]:
-    """idx and targets (B, T) of documents of equally many segments, padded on the right, and how many."""
+    """idx and targets (B, T) of documents of about as many segments, padded on the right, and how many."""
     S = stage.segment_len
     bare = stage.segments == 0 or rng.random() < c.plain
     segments = stage.segments if rng.random() < 0.5 else 1 + int(rng.random() * stage.segments)
@@ -149,7 +147,7 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
                         help="go on from out_dir/ckpt.pt with its configuration; only out_dir, minutes, "
                              "device, threads, log_every, eval_* and table_* may be given anew (default off)")
     parser.add_fields(TrainConfig)
-    parser.add_fields(LM2Config, skip=("vocab_size", "rope_scaling"))
+    parser.add_fields(LM2Config, skip=("vocab_size", "rope_scaling"), shown=PRESETS["cpu"])
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     resume = given.pop("resume")
     own = {f.name for f in fields(TrainConfig)}
@@ -158,8 +156,7 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
     return c, sizes, resume, given
 
 
-ANEW = {"out_dir", "minutes", "device", "threads", "log_every", "eval_every", "eval_n", "table_lengths",
-        "table_n"}
+ANEW = set("out_dir minutes device threads log_every eval_every eval_n table_lengths table_n".split())
 
 
 class Trainer:
@@ -174,11 +171,13 @@ class Trainer:
             self.model, self.tokenizer, saved = load_checkpoint(self.ckpt)
             if not {"train", "optimizer", "recent", "rng", "progress"} <= set(saved):
                 raise ValueError(f"{self.ckpt} holds a model but no training to resume")
-            try:  # the time limit was that of the earlier call
-                c = TrainConfig(**saved["train"] | dict(minutes=None)
-                                | {k: given[k] for k in ANEW & set(given)})
+            anew = dict(minutes=None) | given  # the time limit was that of the earlier call
+            try:
+                c = TrainConfig(**saved["train"] | anew)
             except TypeError as error:
                 raise ValueError(f"{self.ckpt} does not fit this code: {error}") from None
+        elif self.ckpt.exists():
+            raise ValueError(f"{self.ckpt} is there already: go on with --resume, or give another --out_dir")
         else:
             self.tokenizer = load()
             torch.manual_seed(c.seed)
@@ -191,8 +190,7 @@ class Trainer:
         self.table_lengths = [parse_length(x) for x in dict.fromkeys(c.table_lengths.split())]
         if c.threads:
             torch.set_num_threads(c.threads)
-        self.autocast = (torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda"
-                         else nullcontext())
+        self.autocast = torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
         documents = background.documents(c.background)
         self.train_set, self.val_set = (Builder(self.tokenizer, part, c.background, documents)
                                         for part in ("train", "val"))
@@ -248,12 +246,14 @@ class Trainer:
             self.tokens += idx.numel()
             if segments == stage.segments:
                 self.recent.append(right / count)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip).item()
+        if not math.isfinite(norm):
+            raise ValueError(f"the gradient is {norm} at step {self.step}: lower --lr, --resume if you can")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step, self.stage_step = self.step + 1, self.stage_step + 1
         return dict(loss=sum(losses) / len(losses), accuracy=hits / asked, lr=lr, stage=self.stage,
-                    grad_norm=norm.item())
+                    grad_norm=norm)
 
     def next_stage(self) -> str | None:
         """Leave the stage if it is learned or its steps are spent; a line to print if so."""
@@ -265,16 +265,15 @@ class Trainer:
             return None
         self.stage, self.stage_step = self.stage + 1, 0
         self.recent.clear()
-        now = self.stages[self.stage]
-        return (f"{self.seconds:5.0f} s, {self.tokens / 1e6:4.1f} M tokens: "
-                f"{left} {mean:.0%} after {steps} steps, now {now}")
+        return (f"{self.seconds:5.0f} s, {self.tokens / 1e6:4.1f} M tokens: {left} {mean:.0%} after "
+                f"{steps} steps, now {self.stages[self.stage]}")
 
     def validate(self) -> dict:
         """Exact match on a fixed set of benchmark samples, the same every time."""
         lengths = [x for x in self.table_lengths if x <= 4000] or self.table_lengths[:1]
         hits: dict[str, list[bool]] = {}
-        for r in evaluate(self.model, self.tokenizer, self.val_set, self.tasks, lengths, self.c.eval_n, -1,
-                          ("on",)):
+        n, modes = self.c.eval_n, ("on",)
+        for r in evaluate(self.model, self.tokenizer, self.val_set, self.tasks, lengths, n, -1, modes):
             cell = hits.setdefault(f"{r['task']} {length_name(r['length'])}", [])
             cell.append(exact_match(r["target"], r["output"]))
         return {cell: round(sum(h) / len(h), 4) for cell, h in hits.items()}
@@ -314,7 +313,7 @@ class Trainer:
               f"minutes; wrote {self.ckpt}", flush=True)
         rows = list(evaluate(self.model, self.tokenizer, self.val_set, self.tasks, self.table_lengths,
                              c.table_n, show=True))
-        save_predictions(rows, self.ckpt.with_name("predictions.jsonl"))
+        save_predictions(rows, self.ckpt.with_name("table.jsonl"))
         print(table(rows))
 
 
@@ -337,13 +336,16 @@ def main(argv: list[str] | None = None) -> None:
         why = "asked for" if t.c.device != "auto" else "found" if cuda else "no CUDA device here"
         print(t.c, t.model.cfg, sep="\n")
         print(f"{total:,} parameters, {memory:,} of them memory",
-              f"{t.device} ({why}), {'bfloat16 autocast' if cuda else 'float32'}, "
-              f"{torch.get_num_threads()} threads",
+              f"{t.device} ({why}), {'bfloat16' if cuda else 'float32'}, {torch.get_num_threads()} threads",
               f"{len(t.train_set.prose):,} tokens of background to train on, {len(t.val_set.prose):,} to "
               f"validate, {t.train_set.chars_per_token:.2f} characters a token",
               f"{t.c.batch_size} documents a step, or fewer with {t.c.batch_tokens:,} tokens, times "
               f"{t.c.accumulate}", sep="\n", flush=True)
-        t.run()
+        try:
+            t.run()
+        except KeyboardInterrupt:
+            t.save()
+            raise
 
 
 if __name__ == "__main__":

@@ -38,8 +38,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
     Raises ValueError, in one line, for a file that is missing, cut short, or of another format."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}: train one (python train.py) or name another "
-                         "with --ckpt")
+        raise ValueError(f"there is no checkpoint {path}: train one (python train.py) or name another")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception:  # a broken zip, pickle or tensor: torch has no common class for them

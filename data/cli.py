@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (see --help)\n")
 
-    def add_fields(self, config: type, skip: tuple[str, ...] = ()):
+    def add_fields(self, config: type, skip: tuple[str, ...] = (), shown: dict | None = None):
         """One flag for each field of a dataclass: its type, its default, and the comment behind it as help.
         A flag that is not given is None, so that a preset can be told from an explicit choice."""
         notes = field_notes(inspect.getsource(config))
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
             if f.name in skip:
                 continue
             kind = field_type(f, config)
-            default = None if f.default is MISSING else f.default
+            default = (shown or {}).get(f.name, None if f.default is MISSING else f.default)
             text = f"{notes[f.name]} (default {default})".replace("%", "%%")
             if kind is bool:
                 self.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=None,

@@ -130,7 +130,7 @@ def content(out, *names):
 # Training
 
 def test_training_writes_a_checkpoint_metrics_and_predictions_and_no_other_file(trained):
-    assert {p.name for p in trained[0].iterdir()} == {"ckpt.pt", "metrics.jsonl", "predictions.jsonl"}
+    assert {p.name for p in trained[0].iterdir()} == {"ckpt.pt", "metrics.jsonl", "table.jsonl"}
 
 
 def test_training_prints_configuration_parameters_device_and_threads_before_the_first_step(trained):
@@ -143,7 +143,7 @@ def test_training_prints_configuration_parameters_device_and_threads_before_the_
 
 
 def test_training_ends_with_the_table_of_its_predictions(trained):
-    rows = babilong_eval.load_predictions(trained[0] / "predictions.jsonl")
+    rows = babilong_eval.load_predictions(trained[0] / "table.jsonl")
     assert len(rows) == 2 * 3 * 2
     assert trained[1].rstrip().endswith(babilong_eval.table(rows).rstrip())
 
@@ -235,7 +235,7 @@ def test_stopped_by_the_clock_and_resumed_by_the_flag_it_ends_as_a_run_in_one_go
     same = ("model", "optimizer", "rng", "recent", "config", "tokenizer")
     assert same_tensors(content(tmp_path / "straight", *same), content(tmp_path / "stopped", *same))
     assert (tmp_path / "stopped" / "metrics.jsonl").read_text(encoding="utf-8").startswith(before)
-    for file in ("metrics.jsonl", "predictions.jsonl"):
+    for file in ("metrics.jsonl", "table.jsonl"):
         runs = [[{k: v for k, v in r.items() if k != "seconds"} for r in lines(tmp_path / run / file)]
                 for run in ("straight", "stopped")]
         assert runs[0] == runs[1]
