@@ -49,8 +49,7 @@ class LM2Config:
     def __post_init__(self):
         if self.n_mem_layer is None:
             object.__setattr__(self, "n_mem_layer", self.n_layer)
-        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "segment_len",
-                     "n_slot", "n_mem_head"):
+        for name in "vocab_size n_layer n_head n_kv_head n_embd ffn_dim segment_len n_slot n_mem_head".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
@@ -447,6 +446,5 @@ class LM2(nn.Module):
 
     def optimizer_groups(self, weight_decay: float) -> list[dict]:
         """Matrices decay; norms, biases and the null scores do not."""
-        params = list(self.parameters())
-        return [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
-                dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
+        return [dict(params=[p for p in self.parameters() if p.ndim >= 2], weight_decay=weight_decay),
+                dict(params=[p for p in self.parameters() if p.ndim < 2], weight_decay=0.0)]

@@ -188,8 +188,7 @@ class Trainer:
             raise ValueError("--stages is empty: give facts:segments, once or more")
         self.tasks = list(dict.fromkeys(c.tasks.split()))
         self.table_lengths = [parse_length(x) for x in dict.fromkeys(c.table_lengths.split())]
-        if c.threads:
-            torch.set_num_threads(c.threads)
+        torch.set_num_threads(c.threads or torch.get_num_threads())
         self.autocast = torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
         documents = background.documents(c.background)
         self.train_set, self.val_set = (Builder(self.tokenizer, part, c.background, documents)
@@ -321,10 +320,9 @@ def keep_freed_memory() -> None:
     """Let glibc keep what a step frees: to give it back and take it again costs 10 to 25 % of a CPU step."""
     try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)             # M_MMAP_MAX: no block of its own for each large tensor
-        libc.mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD: do not shrink the heap
+        libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
     except (OSError, AttributeError):
-        pass                            # another system or C library: nothing to mend
+        pass  # another system or C library: nothing to mend
 
 
 def main(argv: list[str] | None = None) -> None:
