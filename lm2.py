@@ -49,9 +49,9 @@ class LM2Config:
     def __post_init__(self):
         if self.n_mem_layer is None:
             object.__setattr__(self, "n_mem_layer", self.n_layer)
-        for name in "vocab_size n_layer n_head n_kv_head n_embd ffn_dim segment_len n_slot n_mem_head".split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for key in "vocab_size n_layer n_head n_kv_head n_embd ffn_dim segment_len n_slot n_mem_head".split():
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}: it must be at least 1")
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
             raise ValueError(f"n_head {self.n_head} does not divide n_embd {self.n_embd} into heads of even "
                              "width (RoPE turns pairs): choose n_embd a multiple of 2 * n_head")
