@@ -665,7 +665,7 @@ def test_the_table_counts_exact_and_official_answers_the_floor_and_the_samples_o
     left, right = line.split("qa1")[1].split("|")
     assert numbers(left) == [4, 4, 50.0, 15, 85, 75.0,
                              50.0]    # length, n, exact, its interval, official, floor
-    assert numbers(right) == [3, 33.3, 0.0, 0, 56]              # n, on, off, its interval
+    assert numbers(right) == [3, 33.3, 6, 79, 0.0, 0, 56]       # n, on and off with their intervals
 
 
 def test_the_table_has_a_line_for_each_task_and_length():
