@@ -405,7 +405,7 @@ class LM2(nn.Module):
         return logits, loss, LM2State(blocks, fill, state.owned)
 
     @torch.no_grad()
-    def read(self, idx: Tensor, state: LM2State | None = None, write: bool = True, tokens_a_call: int = 16384
+    def read(self, idx: Tensor, state: LM2State | None = None, write: bool = True, tokens_a_call: int = 4096
              ) -> tuple[Tensor, LM2State]:
         """Read a document of any length at constant memory, by segments: idx (B, T) -> last logits (B, V)."""
         state = state or self.initial_state(idx.shape[0])
