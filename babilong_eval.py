@@ -143,7 +143,8 @@ def share(rows: list[dict]) -> tuple[int, int]:
 def percent(rows: list[dict]) -> str:
     hits, n = share(rows)
     low, high = wilson(hits, n)
-    return f"{100 * hits / n:.1f} [{100 * low:.0f},{100 * high:.0f}]" if n else "-"
+    value = f"{100 * hits / n:.1f}" if hits < n else "100"
+    return f"{value} [{100 * low:.0f},{100 * high:.0f}]" if n else "-"
 
 
 def table(rows: list[dict]) -> str:
