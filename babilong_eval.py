@@ -113,8 +113,7 @@ def evaluate(model: LM2, tokenizer: Tokenizer, builder: Builder, tasks: Iterable
     for task in tasks:
         for length in lengths:
             rng = random.Random(f"{seed} {task} {length}")
-            # long samples are made one batch at a time: memory must not grow with n
-            at_once = max(1, 4_000_000 // max(1, length))
+            at_once = max(1, max_tokens // max(1, length))  # a batch at a time: memory must not grow with n
             bar = tqdm(total=n, desc=f"{task} {length_name(length)}", disable=None if show else True,
                        leave=False)
             for first in range(0, n, at_once):
