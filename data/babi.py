@@ -1,173 +1,28 @@
-"""Write bAbI stories (v1.2, English) by the rules of the released files: the same sentences at the same odds.
+"""bAbI (v1.2, English), all twenty tasks: write stories like those of the released files, or read the files.
 
     python -m data.babi --task qa1 --stories 2                           # look at two stories
     python -m data.babi --task qa3 --stories 200 --seed 1 --out qa3.txt
+    python -m data.babi --all --out babi                                 # a folder with a file for each task
 
-Prints the original format, or writes it to --out: numbered statements and, five times a story, a question,
-its answer and the numbers of its supporting lines. The same seed gives the same bytes.
-Actors walk, take objects and put them down; a statement is one such action. Where all start is drawn, never
-told, so only what the text answers is asked. A further task is one function and one row of TASKS.
+Prints the original format, or writes it to --out: numbered statements, and questions with their answer and
+the numbers of their supporting lines. The same seed gives the same bytes. Reading takes the same format.
 """
 
 import argparse
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+import re
+from pathlib import Path
 
+from data.babi_puzzles import PUZZLES, Puzzle
+from data.babi_world import WORLD, Event, Question, Story, Task
 from data.cli import Parser
 
-ROOMS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
-OBJECTS = ("apple", "football", "milk")
-VERBS = {"move": ("went", "went back", "moved", "journeyed", "travelled"),  # "went back" on first visits too
-         "get": ("got", "took", "grabbed", "picked up"),
-         "drop": ("dropped", "left", "discarded", "put down")}
+TASKS: dict[str, Task | Puzzle] = {f"qa{n}": (WORLD | PUZZLES)[f"qa{n}"] for n in range(1, 21)}
+FOLDERS = ("", "en-10k", "en-valid-10k", "tasks_1-20_v1-2/en-10k", "en")  # where in an archive to look
 
 
-class Event(NamedTuple):
-    """One statement, and what it does not tell."""
-    kind: str  # "move", "get" or "drop"
-    actor: str
-    obj: str | None  # what is taken or put down
-    room: str  # where the actor is afterwards; the reader knows only if he has moved
-    text: str  # the statement
-
-
-class Question(NamedTuple):
-    """A question on the statements before it."""
-    text: str  # ends with "?"
-    answer: str
-    support: tuple[int, ...]  # indices of statements, from 0, in the order of the released files
-
-
-class Story(NamedTuple):
-    """Statements, and the questions asked in between."""
-    events: list[Event]
-    questions: list[tuple[int, Question]]  # with the number of statements before each
-
-
-Odds = list[tuple[float, Question]]  # questions with their weights; empty: nothing can be asked
-
-
-@dataclass(frozen=True)
-class Task:
-    """One bAbI task: the statements of its world, and what is asked about them."""
-    stem: str  # the released files are named "<task>_<stem>_train.txt"
-    questions: Callable[[list[Event], str], Odds]  # (events, topic) -> what can be asked
-    topic: str  # field of Event the questions are about: "actor" or "obj"
-    prompts: tuple[str, ...]  # kinds of statement that make their topic worth a question
-    actions: tuple[str, ...]  # kinds of statement that happen
-    get_there: float = 1.0  # probability that a get ends in " there"
-    skip: float = 0.0  # probability that no question is asked though there is one
-    tail: str = " "  # what the files have between the question mark and the tab
-    actors: tuple[str, ...] = ("Mary", "John", "Sandra", "Daniel")
-
-
-def moves(events: list[Event], actor: str, start: int, stop: int) -> list[int]:
-    """Indices of the actor's moves in events[start:stop], in order."""
-    return [i for i in range(start, stop) if events[i].actor == actor and events[i].kind == "move"]
-
-
-def latest(events: list[Event], obj: str, kinds: tuple[str, ...] = ("get", "drop")) -> int:
-    """Index of the last statement of these kinds about the object."""
-    return next(i for i in reversed(range(len(events))) if events[i].obj == obj and events[i].kind in kinds)
-
-
-def qa1(events: list[Event], actor: str) -> Odds:
-    """The room of the actor's last move."""
-    last = moves(events, actor, 0, len(events))[-1]
-    return [(1.0, Question(f"Where is {actor}?", events[last].room, (last,)))]
-
-
-def qa2(events: list[Event], obj: str) -> Odds:
-    """Where the object was put down, or where its holder is, if he has moved since he took it."""
-    last = latest(events, obj)
-    start, stop = (0, last) if events[last].kind == "drop" else (last + 1, len(events))
-    told = moves(events, events[last].actor, start, stop)
-    return [(1.0, Question(f"Where is the {obj}?", events[told[-1]].room, (last, told[-1])))] if told else []
-
-
-def qa3(events: list[Event], obj: str) -> Odds:
-    """The room before another one on the object's last way: from its last get to its drop, or to now.
-
-    A room seen twice on the way means its later visit. The weight 1.3^j is a fit: late rooms are asked more.
-    """
-    last = latest(events, obj)
-    stop = last if events[last].kind == "drop" else len(events)
-    way = moves(events, events[last].actor, latest(events, obj, ("get",)) + 1, stop)
-    rooms = [events[i].room for i in way]
-    text = f"Where was the {obj} before the "
-    return [(1.3 ** j, Question(f"{text}{rooms[j]}?", rooms[j - 1], (last, way[j], way[j - 1])))
-            for j in range(1, len(way)) if rooms[j] not in rooms[j + 1:]]
-
-
-TASKS = {
-    "qa1": Task("single-supporting-fact", qa1, "actor", ("move",), ("move",)),
-    "qa2": Task("two-supporting-facts", qa2, "obj", ("get", "drop"), ("move", "get", "drop")),
-    "qa3": Task("three-supporting-facts", qa3, "obj", ("get", "drop"), ("move", "get", "drop"),
-                get_there=0.2, skip=0.004),  # skip: 11 of 2936 in the released files
-}
-
-
-def pick(rng: random.Random, options: Sequence):
-    """One of the options, each as likely; faster than rng.choice."""
-    return options[int(rng.random() * len(options))]
-
-
-def simulate(task: Task, rng: random.Random, n: int | None = None) -> Iterator[Event]:
-    """The first n statements of a new world; without n, statements for ever."""
-    room = {actor: pick(rng, ROOMS) for actor in task.actors}
-    place = {obj: pick(rng, ROOMS) for obj in OBJECTS}  # the room it lies in, or the actor who holds it
-    made = 0
-    while n is None or made < n:
-        actor, kind, obj = pick(rng, task.actors), pick(rng, task.actions), None  # BOTH anew after a failure
-        if kind == "move":
-            goal = pick(rng, ROOMS)
-            if goal == room[actor]:
-                continue
-            room[actor], rest = goal, f"to the {goal}."
-        else:
-            source, target = (room[actor], actor) if kind == "get" else (actor, room[actor])
-            within_reach = [o for o in OBJECTS if place[o] == source]
-            if not within_reach:
-                continue
-            obj = pick(rng, within_reach)
-            there = rng.random() < (task.get_there if kind == "get" else 0.2)
-            place[obj], rest = target, f"the {obj} there." if there else f"the {obj}."
-        made += 1
-        yield Event(kind, actor, obj, room[actor], f"{actor} {pick(rng, VERBS[kind])} {rest}")
-
-
-def ask(task: Task, events: list[Event], rng: random.Random, window: int = 5) -> Question | None:
-    """A question on what one of the last `window` statements names, as things stand now, or None."""
-    if rng.random() < task.skip:
-        return None
-    topics = [getattr(event, task.topic) for event in events[-window:] if event.kind in task.prompts]
-    while topics:  # one per STATEMENT: what is named twice is asked about twice as often
-        if found := task.questions(events, topics.pop(int(rng.random() * len(topics)))):
-            return rng.choices([question for _, question in found], [weight for weight, _ in found])[0]
-    return None
-
-
-def all_questions(task: Task, events: list[Event], rng: random.Random) -> list[Question]:
-    """Every question on the whole story, each text once, in random order: more to learn from one story."""
-    topics = dict.fromkeys(getattr(event, task.topic) for event in events if event.kind in task.prompts)
-    found = {question.text: question for topic in topics for _, question in task.questions(events, topic)}
-    return sorted(found.values(), key=lambda question: rng.random())
-
-
-def story(task: Task, rng: random.Random) -> Story:
-    """Two statements, a question if there is one to ask, and so on until five are asked."""
-    events, questions, world = [], [], simulate(task, rng)
-    while len(questions) < 5:
-        events += [next(world), next(world)]
-        if question := ask(task, events, rng):
-            questions.append((len(events), question))
-    return Story(events, questions)
-
-
-def format_story(story: Story, task: Task) -> str:
+def format_story(story: Story, task: Task | Puzzle) -> str:
     """The story in the original format, up to its last question; line numbers count the questions too."""
     lines, line_of, done = [], [], 0
     for count, question in story.questions:
@@ -179,6 +34,82 @@ def format_story(story: Story, task: Task) -> str:
     return "\n".join(lines) + "\n"
 
 
+def find_file(path: str | Path, task: str, part: str = "train") -> Path:
+    """The file with a task's stories: path itself or, of a folder, the file for the part "train" or "val"
+    (released as "test") in the first of FOLDERS that has one. ValueError if there are none or several."""
+    path, name = Path(path), f"{task}_*{'test' if part == 'val' else part}.txt"  # en-valid-10k: qa1_test.txt
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file or folder, name one with bAbI stories")
+    for folder in FOLDERS if path.is_dir() else ():
+        if found := sorted((path / folder).glob(name)):
+            if len(found) > 1:
+                raise ValueError(f"{path / folder}: {found[0].name} and {found[1].name}, keep one of them")
+            return found[0]
+    if path.is_dir():
+        raise ValueError(f"{path}: no file {name} there or in {', '.join(FOLDERS[1:])}")
+    return path
+
+
+def read_stories(path: str | Path, task: str, part: str = "train") -> list[Story]:
+    """The stories of find_file(path, task, part); what comes after a story's last question is left out.
+    ValueError names the file and the line that is not in the original format."""
+    file = find_file(path, task, part)
+    stories, line_of, number = [], {}, 0  # line_of: the line number of a statement -> its index
+    for at, line in enumerate(decoded(file).split("\n"), 1):
+        wrong, (digits, _, rest) = f"{file}, line {at}: ", line.partition(" ")
+        if not re.fullmatch("[0-9]+", digits) or not rest:
+            raise ValueError(f"{wrong}{line[:60]!r} is not a number and a sentence")
+        if int(digits) == 1:
+            stories.append(Story([], []))
+            line_of, number = {}, 0
+        number += 1
+        if int(digits) != number:
+            raise ValueError(f"{wrong}its number is {digits}, expected {number}{' or 1' * (number > 1)}")
+        events, questions = stories[-1]
+        if "\t" not in rest and not rest.rstrip().endswith("?"):
+            line_of[number] = len(events)
+            events.append(Event("fact", "", None, "", rest))
+            continue
+        text, answer, ids = [*rest.split("\t"), "", ""][:3]
+        if rest.count("\t") != 2 or not answer or not re.fullmatch("[0-9]+( [0-9]+)*", ids.strip()):
+            raise ValueError(f"{wrong}a question needs an answer and the numbers of its lines, between tabs")
+        if missing := [i for i in ids.split() if int(i) not in line_of]:
+            raise ValueError(f"{wrong}{missing[0]} is not the number of a statement before the question")
+        support = tuple(line_of[int(i)] for i in ids.split())
+        questions.append((len(events), Question(text.rstrip(), answer, support)))
+    return [Story(events[:questions[-1][0]], questions) for events, questions in stories if questions]
+
+
+def decoded(file: Path) -> str:
+    """The text of a file without its last line end, and with LF for CRLF."""
+    try:
+        data = file.read_bytes()
+        text = data.decode("utf-8").replace("\r\n", "\n").removesuffix("\n")
+    except OSError as error:
+        raise ValueError(f"{file}: cannot read it ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{file}, line {line}: not UTF-8, give a file of text") from None
+    if not text:
+        raise ValueError(f"{file}, line 1: the file is empty, give one with stories")
+    return text
+
+
+def write_stories(name: str, stories: int, seed: int, path: str | Path | None) -> None:
+    """Stories of a task into a file, or to standard output; an older file outlives any failure."""
+    task, rng = TASKS[name], random.Random(seed)
+    partial = 1 if path is None else f"{path}.tmp"  # 1: standard output
+    try:
+        with open(partial, "w", encoding="utf-8", newline="\n", closefd=partial != 1) as file:
+            file.writelines(format_story(task.story(rng), task) for _ in range(stories))
+        if path is not None:
+            os.replace(partial, path)
+    except OSError:
+        if path is not None and os.path.isfile(partial):
+            os.unlink(partial)
+        raise
+
+
 def whole(text: str) -> int:
     """A number from 0 up, for argparse; a negative seed is refused because Random(-1) is Random(1)."""
     if not text.isdecimal():
@@ -188,29 +119,32 @@ def whole(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m data.babi", "Write bAbI.")
-    parser.add_argument("--task", choices=TASKS, default="qa1", help="task, by name (default: %(default)s)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--task", choices=TASKS, default="qa1", help="task, by name (default: %(default)s)")
+    what.add_argument("--all", action="store_true", help="all tasks, each into a file in the folder --out")
     parser.add_argument("--stories", type=whole, default=200, help="how many (default: %(default)s stories)")
     parser.add_argument("--seed", type=whole, default=1, help="random seed, a number (default: %(default)s)")
     parser.add_argument("--out", help="path of the file to write (default: standard output)")
     args = parser.parse_args(argv)
     if args.stories < 1:
         parser.error(f"--stories {args.stories} writes nothing, give 1 or more")
-    if args.out is not None and os.path.exists(args.out) and not os.path.isfile(args.out):
-        parser.error(f"--out {args.out!r} is not a file, name one")  # a device must not be replaced either
-    task, rng = TASKS[args.task], random.Random(args.seed)
-    partial = 1 if args.out is None else f"{args.out}.tmp"  # 1: standard output
+    if args.all and args.out is None:
+        parser.error("--all writes twenty files, name their folder: --out FOLDER")
     try:
-        with open(partial, "w", encoding="utf-8", newline="\n", closefd=partial != 1) as file:
-            file.writelines(format_story(story(task, rng), task) for _ in range(args.stories))
-        if args.out is not None:
-            os.replace(partial, args.out)  # only now: an older file outlives any failure
+        if args.all:
+            os.makedirs(args.out, exist_ok=True)
+            for name, task in TASKS.items():
+                write_stories(name, args.stories, args.seed, Path(args.out, f"{name}_{task.stem}_train.txt"))
+        elif args.out is not None and os.path.exists(args.out) and not os.path.isfile(args.out):
+            parser.error(f"--out {args.out!r} is not a file, name one")  # nor must a device be replaced
+        else:
+            write_stories(args.task, args.stories, args.seed, args.out)
     except BrokenPipeError:
         pass  # `| head` has seen enough
     except OSError as error:
-        if args.out is not None and os.path.isfile(partial):
-            os.unlink(partial)
         where = "standard output" if args.out is None else f"--out {args.out!r}"
-        parser.error(f"cannot write {where} ({error.strerror}), name a file in a folder you can write to")
+        kind = "folder" if args.all else "file in a folder"
+        parser.error(f"cannot write {where} ({error.strerror}), name a {kind} you can write to")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,20 @@
-"""The bAbI generator against the rules and the measured statistics of the released files (v1.2, English).
+"""The bAbI generator (qa1-qa13) against the rules and the counts of the released files (v1.2, English).
 
     python -m pytest tests/test_babi.py -q
+    python tests/test_babi.py --stories 2200 --seeds 0 1 2     # only the counts, for several seeds
 
 The checker reads only the formatted text. It follows the story forwards and keeps what a reader knows, while
-the generator looks backwards from a question; the two share no code.
+the generator looks backwards from a question; the two share no code. The counts in babi_histograms.json are
+compared with those of as many own stories, by chi-square.
 """
 
-import bisect
+import argparse
 import collections
+import dataclasses
 import functools
+import hashlib
+import itertools
+import json
 import os
 import random
 import re
@@ -17,25 +23,56 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from data import babi
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-LINE = {
-    "move": re.compile(r"(?P<who>Mary|John|Sandra|Daniel) (?P<verb>went|went back|moved|journeyed|travelled) "
-                       r"to the (?P<what>bathroom|bedroom|garden|hallway|kitchen|office)\."),
-    "get": re.compile(r"(?P<who>Mary|John|Sandra|Daniel) (?P<verb>got|took|grabbed|picked up) "
-                      r"the (?P<what>apple|football|milk)(?P<there> there)?\."),
-    "drop": re.compile(r"(?P<who>Mary|John|Sandra|Daniel) (?P<verb>dropped|left|discarded|put down) "
-                       r"the (?P<what>apple|football|milk)(?P<there> there)?\."),
-}
-STORIES = {"qa1": 1000, "qa2": 800, "qa3": 400}
+sys.path.insert(0, str(ROOT))  # for `python tests/test_babi.py`
 
-Fact = collections.namedtuple("Fact", "id kind who what verb there")
+from data import babi  # noqa: E402
+from data.babi_world import WORLD, Event, Question  # noqa: E402
+
+TASKS = babi.TASKS | WORLD
+RELEASED = json.loads((ROOT / "tests" / "babi_histograms.json").read_text(encoding="utf-8"))
+
+# What the sentences of a task may hold.
+ROOMS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
+OBJECTS = ("apple", "football", "milk")
+NAMES = {task: ("John", "Mary", "Sandra", "Daniel") for task in WORLD}  # in the order of qa7's takers
+NAMES |= {"qa5": ("Mary", "Fred", "Bill", "Jeff"), "qa10": ("Fred", "Mary", "Bill", "Julie")}
+PLACES = {task: ROOMS for task in WORLD}
+PLACES |= {"qa10": ("school", "park", "office", "kitchen", "cinema", "bedroom")}
+KINDS = {task: {"move"} for task in WORLD}
+KINDS |= {task: {"move", "get", "drop"} for task in ("qa2", "qa3", "qa6", "qa8")}
+KINDS |= {task: {"move", "get", "drop", "give"} for task in ("qa5", "qa7")}
+KINDS |= {"qa9": {"move", "is in", "is not in", "is no longer in"}, "qa10": {"move", "is in", "is either in"}}
+ABOUT = dict(KINDS)  # the statements that make a question about their actor, or their object
+ABOUT |= {"qa2": {"get", "drop"}, "qa3": {"get", "drop"}, "qa5": {"give"}, "qa6": {"move"},
+          "qa7": {"get", "drop", "give"}, "qa8": {"get", "drop"}}
+PATTERNS = {kind: re.compile(pattern) for kind, pattern in {
+    "move": r"(?P<who>.+) (?P<verb>went|went back|moved|journeyed|travelled) to the (?P<what>\w+)\.",
+    "get": r"(?P<who>\w+) (?P<verb>got|took|grabbed|picked up) the (?P<what>\w+)(?P<there> there)?\.",
+    "drop": r"(?P<who>\w+) (?P<verb>dropped|left|discarded|put down) the (?P<what>\w+)(?P<there> there)?\.",
+    "give": r"(?P<who>\w+) (?P<verb>gave|handed|passed) the (?P<what>\w+) to (?P<to>\w+)\.",
+    "is in": r"(?P<who>\w+) (?P<verb>is in) the (?P<what>\w+)\.",
+    "is not in": r"(?P<who>\w+) (?P<verb>is not in) the (?P<what>\w+)\.",
+    "is no longer in": r"(?P<who>\w+) (?P<verb>is no longer in) the (?P<what>\w+)\.",
+    "is either in": r"(?P<who>\w+) (?P<verb>is either in) the (?P<what>\w+) or the (?P<to>\w+)\.",
+    "relation": r"(?P<who>The \w+) (?P<verb>is (?:north|south|east|west) of) the (?P<what>\w+)\.",  # qa4
+}.items()}
+PRONOUN = re.compile(r"(After that|Afterwards|Following that|Then) (he|she|they)")
+
+Fact = collections.namedtuple("Fact", "id kind who what verb there to subject")  # who: one actor or two
 Asked = collections.namedtuple("Asked", "id text answer ids")
 
 
-def read(text):
+@functools.cache
+def parse(sentence):
+    """The kind of a statement and the parts of its pattern; kept, for few sentences differ."""
+    kind, match = next((k, m) for k, p in PATTERNS.items() if (m := p.fullmatch(sentence)))
+    return kind, {"there": None, "to": None} | match.groupdict()
+
+
+def read(text, tail=" "):
     """The stories of a file, each a list of Fact and Asked; asserts the format."""
     assert text.isascii() and text.endswith("\n") and "\r" not in text
     stories = []
@@ -43,105 +80,238 @@ def read(text):
         number, rest = line.split(" ", 1)
         if number == "1":
             stories.append([])
-        assert number == str(len(stories[-1]) + 1), line
+        story = stories[-1]
+        assert number == str(len(story) + 1), line
         if "\t" in line:
             question, answer, ids = rest.split("\t")
-            assert question.endswith("? ") and not question.endswith("  "), line
+            assert question.endswith("?" + tail), line
             ids = tuple(int(i) for i in ids.split(" "))
-            assert all(i < int(number) and isinstance(stories[-1][i - 1], Fact) for i in ids), line
-            stories[-1].append(Asked(int(number), question[:-1], answer, ids))
+            assert all(i < int(number) and isinstance(story[i - 1], Fact) for i in ids), line
+            story.append(Asked(int(number), question.removesuffix(tail), answer, ids))
         else:
-            kind, match = next((k, m) for k, p in LINE.items() if (m := p.fullmatch(rest)))
-            stories[-1].append(Fact(int(number), kind, match["who"], match["what"], match["verb"],
-                                    kind != "move" and bool(match["there"])))
+            kind, part = parse(rest)
+            who = tuple(part["who"].split(" and "))
+            if PRONOUN.fullmatch(part["who"]):  # who that is, the statement before tells
+                who = next(fact for fact in reversed(story) if isinstance(fact, Fact)).who
+            story.append(Fact(int(number), kind, who, part["what"], part["verb"], bool(part["there"]),
+                              part["to"], part["who"]))
     return stories
 
 
 class Reader:
     """What a reader of the text knows after each statement, and the questions that can be asked then."""
 
-    def __init__(self):
-        self.seen = {}  # actor -> room, known from his move or from what he took
-        self.told = {}  # actor -> (line, room) of the last move
+    def __init__(self, task):
+        self.task, self.count = task, 0
+        self.seen = {}  # actor -> room, known from what he did
+        self.told = {}  # actor -> (lines, kind, rooms) of his last move; "he" or "they" add a line
         self.holder = {}  # object -> actor, or None once it lies somewhere
         self.lies = {}  # object -> room, where known
         self.event = {}  # object -> (line of its last get or drop, the (line, room) that answers qa2 or None)
         self.carry = {}  # object -> [(line, room), ...] of the moves of its last carry
+        self.gift = {}  # object -> (line, giver, taker)
+        self.touched = collections.defaultdict(dict)  # actor -> object -> lines
 
     def take_in(self, fact):
         """Updates the knowledge by one statement; asserts that it was possible."""
-        who, what = fact.who, fact.what
-        if fact.kind == "move":
-            assert self.seen.get(who) != what, f"{who} is in the {what} already: {fact}"
-            self.seen[who], self.told[who] = what, (fact.id, what)
-            for obj in [o for o, holder in self.holder.items() if holder == who]:
-                self.event[obj] = self.event[obj][0], (fact.id, what)
-                self.carry[obj].append((fact.id, what))
-        elif fact.kind == "get":
-            assert self.holder.get(what) is None, f"{what} is held: {fact}"
-            if what in self.lies:
-                assert self.seen.setdefault(who, self.lies[what]) == self.lies[what], f"not there: {fact}"
-            self.holder[what], self.event[what], self.carry[what] = who, (fact.id, None), []
-            self.lies.pop(what, None)
-        else:
-            assert self.holder.get(what) == who, f"{who} does not hold it: {fact}"
-            self.holder[what], self.event[what] = None, (fact.id, self.told.get(who))
-            if who in self.seen:
-                self.lies[what] = self.seen[who]
+        self.count += 1
+        assert fact.kind in KINDS[self.task] and set(fact.who) <= set(NAMES[self.task]), fact
+        assert len(fact.who) == len(set(fact.who)) == (2 if self.task in ("qa12", "qa13") else 1), fact
+        if fact.kind not in ("get", "drop", "give"):
+            self.take_in_move(fact)
+            return
+        who, = fact.who
+        {"get": self.take_in_get, "drop": self.take_in_drop, "give": self.take_in_give}[fact.kind](who, fact)
+        for actor in {who, fact.to} - {None}:
+            self.touched[actor].setdefault(fact.what, []).append(fact.id)
 
-    def allowed(self, task, facts):
-        """All (question, answer, ids) about what `facts` name."""
-        if task == "qa1":
-            return {(f"Where is {f.who}?", self.told[f.who][1], (self.told[f.who][0],)) for f in facts}
-        found = set()
-        for obj in {f.what for f in facts if f.kind != "move"}:
-            line, move = self.event[obj]
-            if task == "qa2" and move:
-                found.add((f"Where is the {obj}?", move[1], (line, move[0])))
-            if task == "qa3":
-                final = {room: i for i, (_, room) in enumerate(self.carry[obj])}
-                found |= {(f"Where was the {obj} before the {room}?", self.carry[obj][i - 1][1],
-                           (line, self.carry[obj][i][0], self.carry[obj][i - 1][0]))
-                          for room, i in final.items() if i > 0}
-        return found
+    def take_in_move(self, fact):
+        rooms = (fact.what, fact.to) if fact.to else (fact.what,)
+        assert set(rooms) <= set(PLACES[self.task]), fact
+        follows = PRONOUN.fullmatch(fact.subject)
+        assert bool(follows) == (self.task in ("qa11", "qa13") and self.count % 2 == 0), fact
+        if follows:
+            known = {"Mary": "she", "Sandra": "she", "John": "he", "Daniel": "he"}[fact.who[0]]
+            assert follows[2] == ("they" if len(fact.who) == 2 else known), fact
+        for actor in fact.who:
+            lines, kind, were = self.told.get(actor, ((), "", ()))
+            if fact.kind in ("is not in", "is no longer in"):  # it is the room he left
+                assert self.seen.pop(actor, fact.what) == fact.what, f"{actor} was elsewhere: {fact}"
+                assert (kind not in ("is not in", "is no longer in")) or were != rooms, f"left before: {fact}"
+            else:
+                possible = {*rooms} - {self.seen.pop(actor, None)}
+                assert possible, f"{actor} is there already: {fact}"
+                self.seen |= {actor: room for room in possible if len(possible) == 1}
+            self.told[actor] = (*(lines if follows else ()), fact.id), fact.kind, rooms
+            for obj in [o for o, holder in self.holder.items() if holder == actor]:
+                self.event[obj] = self.event[obj][0], (fact.id, fact.what)
+                self.carry[obj].append((fact.id, fact.what))
+
+    def take_in_get(self, who, fact):
+        what = fact.what
+        assert self.holder.get(what) is None and what in OBJECTS, f"{what} is held: {fact}"
+        assert fact.there or self.task == "qa3", fact
+        if what in self.lies:
+            assert self.seen.setdefault(who, self.lies[what]) == self.lies.pop(what), f"not there: {fact}"
+        self.holder[what], self.event[what], self.carry[what] = who, (fact.id, None), []
+
+    def take_in_drop(self, who, fact):
+        assert self.holder.get(fact.what) == who, f"{who} does not hold it: {fact}"
+        lines, _, rooms = self.told.get(who, (None, None, None))
+        self.holder[fact.what], self.event[fact.what] = None, (fact.id, lines and (lines[0], rooms[0]))
+        self.lies |= {fact.what: self.seen[who]} if who in self.seen else {}
+
+    def take_in_give(self, who, fact):
+        assert self.holder.get(fact.what) == who and fact.to in set(NAMES[self.task]) - {who}, fact
+        together = {self.seen[actor] for actor in (who, fact.to) if actor in self.seen}
+        assert len(together) < 2, f"not in one room: {fact}"
+        self.seen |= {actor: room for room in together for actor in (who, fact.to)}
+        order = [(obj, actor) for obj in OBJECTS for actor in NAMES[self.task]]
+        for obj, actor in order[:order.index((fact.what, fact.to))]:
+            holder = self.holder.get(obj)
+            met = holder not in (None, actor) and self.seen.get(holder, 1) == self.seen.get(actor, 2)
+            assert not met, f"{holder} gives the {obj} to {actor} before: {fact}"
+        self.holder[fact.what], self.gift[fact.what] = fact.to, (fact.id, who, fact.to)
+
+    def allowed(self, topic):
+        """All (question, answer, ids) about an actor or an object."""
+        if self.task in ("qa1", "qa11", "qa12", "qa13"):
+            lines, _, rooms = self.told[topic]
+            return {(f"Where is {topic}?", rooms[0], lines)}
+        if self.task == "qa2":
+            line, move = self.event[topic]
+            return {(f"Where is the {topic}?", move[1], (line, move[0]))} if move else set()
+        if self.task == "qa3":
+            line, carry = self.event[topic][0], self.carry[topic]
+            final = {room: i for i, (_, room) in enumerate(carry)}
+            return {(f"Where was the {topic} before the {room}?", carry[i - 1][1],
+                     (line, carry[i][0], carry[i - 1][0])) for room, i in final.items() if i > 0}
+        if self.task == "qa5":
+            line, giver, taker = self.gift[topic]
+            return {(f"What did {giver} give to {taker}?", topic, (line,)),
+                    (f"Who gave the {topic}?", giver, (line,)),
+                    (f"Who gave the {topic} to {taker}?", giver, (line,)),
+                    (f"Who received the {topic}?", taker, (line,)),
+                    (f"Who did {giver} give the {topic} to?", taker, (line,))}
+        if self.task in ("qa7", "qa8"):
+            held = [obj for obj in self.touched[topic] if self.holder[obj] == topic]
+            ids = tuple(i for lines in self.touched[topic].values() for i in lines)
+            if self.task == "qa7":
+                return {(f"How many objects is {topic} carrying?", ("none", "one", "two", "three")[len(held)],
+                         tuple(sorted(ids)))}
+            return {(f"What is {topic} carrying?", ",".join(held) or "nothing", ids)}
+        lines, kind, rooms = self.told[topic]
+        if kind in ("is not in", "is no longer in"):
+            return {(f"Is {topic} in the {rooms[0]}?", "no", lines)}
+        yes = "maybe" if kind == "is either in" else "yes"
+        return {(f"Is {topic} in the {room}?", yes if room in rooms else "no", lines)
+                for room in PLACES[self.task]}
+
+
+def topics(task, facts, window=0):
+    """What the statements name, or the last `window` of them; "Mary and John went" counts as two."""
+    atoms = [(fact.kind, fact.what if task in ("qa2", "qa3", "qa5") else actor)
+             for fact in facts for actor in fact.who]
+    return {topic for kind, topic in atoms[-window:] if kind in ABOUT[task]}
+
+
+def written(task, seed, n):
+    """A file of n stories as the program writes it; of qa3 fewer, of qa4 more, as in the released files."""
+    rules, rng, n = TASKS[task], random.Random(seed), {"qa3": n * 3 // 11, "qa4": n * 5}.get(task, n)
+    return "".join(babi.format_story(rules.story(rng), rules) for _ in range(n))
 
 
 @functools.cache
-def written(task):
-    """A file of stories as the program writes it, read back."""
-    rules, rng = babi.TASKS[task], random.Random(7)
-    return read("".join(babi.format_story(babi.story(rules, rng), rules) for _ in range(STORIES[task])))
+def stories(task, seed=0, n=2200):
+    """Stories as many as in the released files, read back."""
+    return read(written(task, seed, n), TASKS[task].tail)
 
 
-@functools.cache
-def counted(task):
-    """Histograms of the written text, by name."""
+LETTER = {name: "A" for names in NAMES.values() for name in names} | {o: "O" for o in OBJECTS}
+LETTER |= {room: "L" for rooms in PLACES.values() for room in rooms}
+
+
+def template(text):
+    """A sentence with A for an actor, L for a room and O for an object."""
+    return " ".join(LETTER.get(word, word) for word in re.findall(r"\w+|[.?]", text))
+
+
+def counted(task, stories):
+    """Histograms of the stories by name, as in babi_histograms.json."""
     count = collections.defaultdict(collections.Counter)
-    for story in written(task):
-        facts, before, last_text = [], 0, None
+    for story in stories:
+        facts, before, last = [], 0, None
         for line in story:
             if isinstance(line, Fact):
-                count[f"{line.kind} verbs"][line.verb] += 1
-                count[f"{line.kind} there"][line.there] += 1
-                if facts:
-                    count["same actor again"][line.who == facts[-1].who] += 1
                 facts.append(line)
-                count[f"kind of statement {len(facts)}"][line.kind] += 1
+                count["statement_templates"][template(f"{line.subject} {line.verb} the {line.what}.")] += 1
+                count["verbs"][line.verb] += 1
+                count["there_suffix " + line.kind]["there" if line.there else "bare"] += 1
+                count[f"statement_class {len(facts)}"][line.kind] += 1
+                if PRONOUN.fullmatch(line.subject):
+                    count["adverbs"][line.subject] += 1
+                if len(facts) > 1:
+                    again = line.subject.split()[0] == facts[-2].subject.split()[0]
+                    count["same_first_word"][str(again)] += 1
                 continue
-            place = {fact.id: len(facts) - 1 - i for i, fact in enumerate(facts)}
+            place = {fact.id: str(len(facts) - 1 - i) for i, fact in enumerate(facts)}
             for k, i in enumerate(line.ids, 1):
-                count[f"lag of support {k}"][place[i]] += 1
+                count[f"support_lag {k}"][place[i]] += 1
+            when = "statements_between_questions" if last else "statements_before_first_question"
+            count[when][str(len(facts) - before)] += 1
+            count["facts_before_question"][str(len(facts))] += 1
             count["answers"][line.answer] += 1
-            count[("first" if last_text is None else "next") + " question after"][len(facts) - before] += 1
-            if last_text is not None:
-                count["same question again"][line.text == last_text] += 1
-            before, last_text = len(facts), line.text
+            count["question_templates"][template(line.text)] += 1
+            count["n_supporting_facts"][str(len(line.ids))] += 1
+            if last:
+                count["same_question"][str(line.text == last.text)] += 1
+            before, last = len(facts), line
     return count
 
 
+def chi_square(own, released):
+    """Two-sample chi-square of two histograms, and its degrees of freedom; rare values count together."""
+    values = sorted({*own, *released}, key=lambda v: int(v) if v.isdigit() else -released.get(v, 0))
+    a, b = sum(own.values()), sum(released.values())
+    bins = [(0, 0)]
+    for value in values:
+        if sum(bins[-1]) * min(a, b) >= 5 * (a + b):  # five expected in either
+            bins.append((0, 0))
+        bins[-1] = bins[-1][0] + own[value], bins[-1][1] + released.get(value, 0)
+    if len(bins) > 1 and sum(bins[-1]) * min(a, b) < 5 * (a + b):
+        (x, y), (u, v) = bins.pop(), bins.pop()
+        bins.append((x + u, y + v))
+    if len(bins) == 1:
+        return 0.0, 0
+    return sum(((b / a) ** 0.5 * x - (a / b) ** 0.5 * y) ** 2 / (x + y) for x, y in bins), len(bins) - 1
+
+
+# The variance of an answer's share over that of independent questions: those of one story are alike. Measured
+# in the released files; for qa11 and qa13 in own stories. All other counts have an effect of 1, or near it.
+# The answers of qa2 and more so of qa3 are less even in the released files than any rule known explains.
+EFFECT = RELEASED["design_effect"] | {"qa11": 1.59, "qa13": 1.22}
+
+
+def rejected(task, seed, n=2200, alpha=0.001):
+    """The histograms of own stories that differ from the released ones, and the number of those compared."""
+    count, names, compared = counted(task, stories(task, seed, n)), [], 0
+    for name, released in RELEASED["tasks"][task].items():
+        value, df = chi_square(count[name], released)
+        value /= EFFECT.get(task, 1) if name == "answers" else 1
+        compared += df > 0
+        if df and torch.special.gammainc(torch.tensor(df / 2), torch.tensor(value / 2)) > 1 - alpha:
+            names.append(name)
+    return names, compared
+
+
+@pytest.mark.parametrize("task", RELEASED["tasks"])
+def test_the_counts_are_those_of_the_released_files(task):
+    assert rejected(task, seed=0)[0] == []
+
+
 def test_a_story_is_five_questions_after_blocks_of_two_statements_and_ends_with_one():
-    for task in babi.TASKS:
-        for story in written(task):
+    for task in WORLD:
+        for story in stories(task):
             assert [isinstance(line, Asked) for line in story].count(True) == 5
             assert isinstance(story[-1], Asked)
             runs = "".join("q" if isinstance(line, Asked) else "s" for line in story).split("q")[:-1]
@@ -149,25 +319,26 @@ def test_a_story_is_five_questions_after_blocks_of_two_statements_and_ends_with_
 
 
 def test_no_statement_contradicts_what_the_text_has_told():
-    for task in babi.TASKS:
-        for story in written(task):
-            reader = Reader()
+    for task in WORLD:
+        for story in stories(task):
+            reader = Reader(task)
             for line in story:
                 if isinstance(line, Fact):
                     reader.take_in(line)
 
 
-@pytest.mark.parametrize("task", babi.TASKS)
+@pytest.mark.parametrize("task", WORLD)
 def test_a_question_is_asked_exactly_when_the_last_five_statements_offer_it(task):
     offered = missed = 0
-    for story in written(task):
-        reader, facts = Reader(), []
+    for story in stories(task):
+        reader, facts = Reader(task), []
         for i, line in enumerate(story):
             if isinstance(line, Asked):
                 continue
             reader.take_in(line)
             facts.append(line)
-            allowed = reader.allowed(task, facts[-5:]) if len(facts) % 2 == 0 else set()
+            named = topics(task, facts, 5) if len(facts) % 2 == 0 else ()
+            allowed = set().union(*map(reader.allowed, named))
             offered += bool(allowed)
             if isinstance(story[i + 1], Asked):
                 assert story[i + 1][1:] in allowed, (story[i + 1], allowed)
@@ -177,173 +348,186 @@ def test_a_question_is_asked_exactly_when_the_last_five_statements_offer_it(task
     assert missed == 0 if task != "qa3" else 0 < missed < 0.015 * offered
 
 
-@pytest.mark.parametrize("task", babi.TASKS)
-def test_all_questions_are_those_that_the_whole_text_allows(task):
+@pytest.mark.parametrize("task", WORLD)
+def test_a_lesson_asks_about_everything_the_whole_text_names(task):
     rng = random.Random(3)
-    for n in range(40):
-        events = list(babi.simulate(babi.TASKS[task], rng, n))
-        assert len(events) == n
-        text = "".join(f"{i} {event.text}\n" for i, event in enumerate(events, 1))
-        facts, reader = read(text)[0] if n else [], Reader()
+    for n in range(1, 60):
+        events, questions = TASKS[task].lesson(n, rng)
+        assert len(events) >= n and [q.text for q in questions] == list({q.text: 0 for q in questions})
+        facts, = read("".join(f"{i} {event.text}\n" for i, event in enumerate(events, 1)))
+        reader = Reader(task)
         for fact in facts:
             reader.take_in(fact)
-        found = [(q.text, q.answer, tuple(i + 1 for i in q.support))
-                 for q in babi.all_questions(babi.TASKS[task], events, rng)]
-        assert len(found) == len(set(found)) and set(found) == reader.allowed(task, facts)
+        found = {(q.text, q.answer, tuple(i + 1 for i in q.support)) for q in questions}
+        for topic in topics(task, facts):
+            allowed = reader.allowed(topic)
+            one = task in ("qa5", "qa6", "qa9", "qa10")  # of several questions one, drawn
+            assert len(found & allowed) == 1 if one else allowed <= found, (topic, found, allowed)
+            found -= allowed
+        assert not found
+
+
+@pytest.mark.parametrize("task", ("qa5", "qa6", "qa9", "qa10"))
+def test_a_lesson_asks_at_the_odds_of_the_rule_and_not_each_question_once(task):
+    rng, share = random.Random(4), collections.Counter()
+    for _ in range(1500):
+        share.update(template(q.text) if task == "qa5" else q.answer for q in TASKS[task].lesson(8, rng)[1])
+    expected = {"qa5": {"What did A give to A ?": 1 / 3, "Who gave the O ?": 1 / 6},
+                "qa6": {"yes": 1 / 2}, "qa9": {"yes": 3 / 8},
+                "qa10": {"yes": 3 / 8, "maybe": (1 / 2 + 1 / 10 * 5 / 6) / 4}}[task]
+    for value, p in expected.items():
+        n = share.total()
+        assert abs(share[value] / n - p) < 4.5 * (p * (1 - p) / n) ** 0.5, (value, share)
+
+
+def test_the_questions_of_a_lesson_come_in_random_order():
+    rng, first = random.Random(6), collections.Counter()
+    for _ in range(600):
+        events, questions = TASKS["qa1"].lesson(12, rng)
+        named = list(dict.fromkeys(event.actor for event in events))
+        first[named.index(questions[0].text.split()[-1][:-1])] += len(named) == 4
+    assert all(abs(first[i] / sum(first.values()) - 0.25) < 0.1 for i in range(4)), first
+
+
+def test_a_lesson_has_one_statement_more_after_a_hundred_tries_without_a_question():
+    lengths = []
+
+    def rule(events, topic):
+        lengths.append(len(events))
+        return {Question("Why?", "so", (0,)): 1} if len(events) == 3 else {}
+
+    events, questions = dataclasses.replace(TASKS["qa1"], rule=rule).lesson(1, random.Random(0))
+    assert len(events) == 3 and len(questions) == 1
+    assert lengths.count(1) == 100 and 100 < lengths.count(2) <= 200 and 1 <= lengths.count(3) <= 3
+
+
+# Digests of 50 stories and 50 lessons: a model trained on one version can be trained again on the next.
+DRAWS = {"qa1": "35111703c3f08137", "qa2": "6e8d9ff986a17c11", "qa3": "fd297636575f267b"}
+
+
+@pytest.mark.parametrize("task", DRAWS)
+def test_a_seed_gives_the_stories_and_lessons_it_always_gave(task):
+    rng, digest = random.Random(5), hashlib.blake2b(digest_size=8)
+    for n in range(50):
+        digest.update(babi.format_story(TASKS[task].story(rng), TASKS[task]).encode())
+        events, questions = TASKS[task].lesson(6 + n, rng)
+        digest.update("\n".join([e.text for e in events] + [q.text for q in questions]).encode())
+    assert digest.hexdigest() == DRAWS[task]
 
 
 def test_no_object_is_preferred_when_several_are_within_reach():
     rng, n = random.Random(2), 3000
-    worlds = (babi.simulate(babi.TASKS["qa2"], rng) for _ in range(n))
+    worlds = (TASKS["qa2"].world(rng) for _ in range(n))
     first = collections.Counter(next(event.obj for event in world if event.obj) for world in worlds)
-    assert all(abs(first[obj] - n / 3) < 130 for obj in babi.OBJECTS), first  # 5 standard deviations
+    assert all(abs(first[obj] - n / 3) < 130 for obj in OBJECTS), first  # 5 standard deviations
+
+
+def test_a_room_twice_is_one_doubt_in_six_and_the_true_room_comes_first_as_often_as_second():
+    world = TASKS["qa10"].world(random.Random(3))
+    events = [event for event in itertools.islice(world, 40000) if event.kind == "is either in"]
+    same = sum(len(set(event.named)) == 1 for event in events)
+    first, second = (sum(event.named[i] == event.room for event in events) for i in (0, 1))
+    assert first + second - same == len(events)  # the true room is among the two
+    assert abs(same - len(events) / 6) < 190 and abs(first - second) < 460  # 5 standard deviations
+
+
+def test_in_qa12_who_is_in_the_way_of_a_move_is_drawn_anew_like_the_room():
+    together = apart = 0
+    for seed in range(300):  # two who are in one room can go to 5 of 6 rooms, others to 4
+        world, room = TASKS["qa12"].world(random.Random(seed)), {}
+        for event in itertools.islice(world, 30):
+            pair = event.actor, event.other
+            if len(room) == 4:
+                met = sum(room[a] == room[b] for a, b in itertools.combinations(room, 2)) / 6
+                together += (room[pair[0]] == room[pair[1]]) - met * 5 / (met * 5 + (1 - met) * 4)
+                apart += met * 5 / (met * 5 + (1 - met) * 4) * (1 - met * 5 / (met * 5 + (1 - met) * 4))
+            room |= dict.fromkeys(pair, event.room)
+    assert abs(together) < 4 * apart ** 0.5
 
 
 def events_of(*rows):
-    """Events from "Mary move kitchen" and the like."""
+    """Events from "Mary move kitchen", "Mary+John move kitchen", "Mary give milk John" and the like."""
     events, room = [], {}
-    for who, kind, what in (row.split() for row in rows):
-        room[who] = what if kind == "move" else room.get(who, "somewhere")
-        events.append(babi.Event(kind, who, None if kind == "move" else what, room[who], ""))
+    for who, kind, what, *to in (row.split() for row in rows):
+        actor, other = (who.split("+") + to + [None])[:2]
+        obj = what if kind in ("get", "drop", "give") else None
+        for name in who.split("+"):
+            room[name] = room.get(name, "somewhere") if obj else what
+        events.append(Event(kind, actor, obj, room[actor], "", other))
     return events
 
 
-def share(task, events, text, n=4000):
-    """How often `ask` asks `text`."""
-    rng = random.Random(5)
-    asked = [babi.ask(babi.TASKS[task], events, rng) for _ in range(n)]
-    return sum(q is not None and q.text == text for q in asked) / n
+def asked(task, *rows, n=4000):
+    """How often each question is asked after these events, as a share of n tries."""
+    rng, events = random.Random(5), events_of(*rows)
+    questions = collections.Counter(TASKS[task].ask(events, rng) for _ in range(n))
+    return collections.Counter({question and question.text: k / n for question, k in questions.items()})
 
 
 def test_who_is_named_in_four_of_five_statements_is_asked_about_in_four_of_five_questions():
     rooms = ("kitchen", "office", "garden", "hallway")
-    events = events_of("John move office", *(f"Mary move {room}" for room in rooms))
-    assert abs(share("qa1", events, "Where is Mary?") - 0.8) < 0.03  # 4.7 standard deviations
+    share = asked("qa1", "John move office", *(f"Mary move {room}" for room in rooms))
+    assert abs(share["Where is Mary?"] - 0.8) < 0.03  # 4.7 standard deviations
 
 
 def test_the_window_is_five_statements():
     rooms = ("kitchen", "office", "garden", "hallway", "kitchen")
-    events = events_of("John move office", *(f"Mary move {room}" for room in rooms))
-    assert share("qa1", events, "Where is Mary?") == 1.0
+    share = asked("qa1", "John move office", *(f"Mary move {room}" for room in rooms))
+    assert share["Where is Mary?"] == 1
+
+
+def test_in_qa12_the_window_is_five_facts_and_a_statement_of_two_actors_is_two():
+    share = asked("qa12", "John+Daniel move office", "Mary+Sandra move garden", "Sandra+Mary move office")
+    assert abs(share["Where is Daniel?"] - 0.2) < 0.03 and share["Where is John?"] == 0
 
 
 def test_qa2_does_not_ask_for_an_object_just_picked_up():
-    rows = ["Mary move kitchen", "Mary get milk"]
-    assert share("qa2", events_of(*rows), "Where is the milk?") == 0
-    assert share("qa2", events_of(*rows, "Mary move office"), "Where is the milk?") == 1
+    rows = "Mary move kitchen", "Mary get milk"
+    assert asked("qa2", *rows) == {None: 1}
+    assert asked("qa2", *rows, "Mary move office") == {"Where is the milk?": 1}
 
 
 def test_qa3_prefers_the_end_of_the_carry_by_1_3_a_room():
-    events = events_of("Mary get milk", "Mary move garden", "Mary move kitchen", "Mary move hallway")
-    expected = 0.996 * 1.3 / 2.3
-    assert abs(share("qa3", events, "Where was the milk before the hallway?") - expected) < 0.03
+    share = asked("qa3", "Mary get milk", "Mary move garden", "Mary move kitchen", "Mary move hallway")
+    assert abs(share["Where was the milk before the hallway?"] - 0.996 * 1.3 / 2.3) < 0.03
 
 
 def test_qa3_means_the_later_visit_of_a_room_seen_twice():
     events = events_of("Mary get milk", "Mary move garden", "Mary move kitchen", "Mary move hallway",
                        "Mary move kitchen", "Mary drop milk")
-    found = {q.text: q for q in babi.all_questions(babi.TASKS["qa3"], events, random.Random(0))}
+    found = {question.text: question for question in TASKS["qa3"].rule(events, "milk")}
     assert set(found) == {"Where was the milk before the kitchen?", "Where was the milk before the hallway?"}
     assert found["Where was the milk before the kitchen?"][1:] == ("hallway", (5, 4, 3))
 
 
 def test_qa3_does_not_join_two_carries():
-    events = events_of("Mary get milk", "Mary move garden", "Mary drop milk", "Mary get milk",
-                       "Mary move office")
-    assert babi.ask(babi.TASKS["qa3"], events, random.Random(0)) is None
+    assert asked("qa3", "Mary get milk", "Mary move garden", "Mary drop milk", "Mary get milk",
+                 "Mary move office") == {None: 1}
 
 
-# Counts in the released files (en-10k, train and test). A number as key stands for all up to the next key.
-# Questions of one story are alike; where this tells, chi-square is divided by the measured design effect, the
-# variance of an answer's share over that of independent questions. The answers of qa3 are left out: in the
-# released files they are less even than any rule explains.
-DESIGN = {"qa1": 1.18, "qa2": 2.35, "qa3": 1.79}
+def test_qa5_asks_for_object_giver_and_taker_a_third_each_of_the_latest_gift():
+    share = asked("qa5", "Mary give milk Fred", "Fred give milk Bill", "Bill drop milk")
+    two = {"Who gave the milk?", "Who gave the milk to Bill?"}, {"Who received the milk?",
+                                                                 "Who did Fred give the milk to?"}
+    assert set(share) == two[0] | two[1] | {"What did Fred give to Bill?"}
+    assert abs(share["What did Fred give to Bill?"] - 1 / 3) < 0.035
+    assert all(abs(share[text] - 1 / 6) < 0.028 for text in two[0] | two[1])
 
 
-def numbered(first, step, *counts):
-    return {first + step * i: count for i, count in enumerate(counts)}
+def test_qa6_asks_for_the_true_room_half_the_time_and_for_each_other_one_time_in_ten():
+    share = asked("qa6", "Mary move kitchen", "John get milk")
+    assert set(share) == {f"Is Mary in the {room}?" for room in ROOMS}
+    assert all(abs(p - (0.5 if "kitchen" in text else 0.1)) < 0.04 for text, p in share.items())
 
 
-def kinds(move, get, drop):
-    return {"move": move, "get": get, "drop": drop}
+def test_qa7_is_not_about_who_was_only_given_something():
+    assert asked("qa7", "Mary give milk John") == {"How many objects is Mary carrying?": 1}
 
 
-RELEASED = {
-    "qa1": {
-        "move verbs": {"went": 4470, "journeyed": 4430, "travelled": 4428, "went back": 4366, "moved": 4306},
-        "same actor again": {True: 4981, False: 14819},
-        "lag of support 1": numbered(0, 1, 4952, 3171, 1483, 948, 446),
-        "answers": {"bathroom": 1882, "garden": 1850, "office": 1841,
-                    "bedroom": 1815, "hallway": 1811, "kitchen": 1801},
-        "same question again": {True: 3160, False: 5640},
-    },
-    "qa2": {
-        "move verbs": {"moved": 6398, "journeyed": 6341, "went back": 6277, "travelled": 6262, "went": 6203},
-        "get verbs": {"picked up": 2414, "grabbed": 2402, "got": 2401, "took": 2340},
-        "drop verbs": {"left": 1921, "discarded": 1838, "dropped": 1803, "put down": 1790},
-        "get there": {True: 9557},
-        "drop there": {True: 1486, False: 5866},
-        "same actor again": {True: 13484, False: 32706},
-        "kind of statement 1": kinds(1509, 691, 0),
-        "kind of statement 2": kinds(1510, 564, 126),
-        "kind of statement 3": kinds(1523, 477, 200),
-        "kind of statement 4": kinds(1482, 452, 266),
-        "kind of statement 8": kinds(1449, 420, 331),
-        "first question after": numbered(2, 2, 113, 385, 391, 366, 275, 219, 154, 108, 79, 48, 62),
-        "next question after": numbered(2, 2, 6276, 1293, 622, 286, 136, 63, 60, 64),
-        "lag of support 1": numbered(0, 1, 2735, 2577, 2179, 1968, 1541),
-        "lag of support 2": numbered(0, 1, 1866, 1520, 1212, 1098, 939, 902, 731, 626, 506, 378, 298, 924),
-        "answers": {"bathroom": 1757, "garden": 1957, "office": 1760,
-                    "bedroom": 1922, "hallway": 1889, "kitchen": 1715},
-        "same question again": {True: 5850, False: 2950},
-    },
-    "qa3": {
-        "move verbs": {"moved": 5594, "went": 5540, "went back": 5482, "travelled": 5440, "journeyed": 5348},
-        "get verbs": {"picked up": 2130, "took": 2044, "got": 2039, "grabbed": 1971},
-        "drop verbs": {"dropped": 1994, "put down": 1892, "left": 1870, "discarded": 1844},
-        "get there": {True: 1612, False: 6572},
-        "drop there": {True: 1582, False: 6018},
-        "same actor again": {True: 12302, False: 30301},
-        "kind of statement 1": kinds(407, 178, 0),
-        "kind of statement 2": kinds(379, 160, 46),
-        "kind of statement 3": kinds(384, 138, 63),
-        "kind of statement 4": kinds(388, 127, 70),
-        "kind of statement 8": kinds(369, 125, 91),
-        "first question after": numbered(2, 10, 80, 138, 138, 89, 54, 36, 50),
-        "next question after": {2: 1290, 4: 139, 6: 112, 8: 155, 12: 286, 22: 123, 32: 81, 42: 59, 52: 95},
-        "lag of support 1": numbered(0, 1, 803, 565, 525, 516, 516),
-        "lag of support 2": numbered(0, 1, 380, 377, 345, 329, 306, 319, 201, 155, 111, 96, 69, 53, 184),
-        "lag of support 3": numbered(1, 1, 219, 319, 263, 203, 210, 259, 228, 212, 186, 148, 129, 105, 444),
-        "same question again": {True: 940, False: 1400},
-    },
-}
-
-
-def chi_square(own, released):
-    """Two-sample chi-square of two histograms, and the number of degrees of freedom."""
-    keys = list(released)
-    mine = collections.Counter()
-    for value, count in own.items():
-        numbers = isinstance(value, int) and not isinstance(value, bool)
-        mine[keys[bisect.bisect(keys, value) - 1] if numbers else value] += count
-    a, b = sum(mine.values()), sum(released.values())
-    used = [key for key in {*mine, *released} if mine[key] + released.get(key, 0)]
-    value = sum(((b / a) ** 0.5 * mine[key] - (a / b) ** 0.5 * released.get(key, 0)) ** 2
-                / (mine[key] + released.get(key, 0)) for key in used)
-    return value, len(used) - 1
-
-
-def critical(df):
-    """The 99.9 % point of chi-square (Wilson and Hilferty); about 0 where only one value can occur."""
-    return df * (1 - 2 / (9 * df) + 3.0902 * (2 / (9 * df)) ** 0.5) ** 3 if df else 1e-6
-
-
-@pytest.mark.parametrize("task, name", [(task, name) for task, table in RELEASED.items() for name in table])
-def test_the_counts_are_those_of_the_released_files(task, name):
-    value, df = chi_square(counted(task)[name], RELEASED[task][name])
-    if name in ("answers", "same question again", "next question after"):
-        value /= DESIGN[task]
-    assert value <= critical(df), f"{task} {name}: chi-square {value:.1f} > {critical(df):.1f} (df {df})"
+def test_qa8_names_objects_and_their_statements_in_the_order_they_were_first_touched():
+    rows = "John get milk", "John get apple", "John drop milk", "John get football", "John get milk"
+    question, = TASKS["qa8"].rule(events_of(*rows, "John drop football"), "John")
+    assert question[1:] == ("milk,apple", (0, 2, 4, 1, 3, 5))
 
 
 def run(*flags):
@@ -408,3 +592,24 @@ def test_a_closed_pipe_ends_quietly():
         assert process.stdout.readline().startswith(b"1 ")
         process.stdout.close()
         assert process.stderr.read() == b""
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Compare counts with those of the released bAbI files.")
+    parser.add_argument("--stories", type=int, default=2200, help="for a task (qa3: 3/11, qa4: 5 times)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the files")
+    args = parser.parse_args()
+    refused = []
+    for task in RELEASED["tasks"]:
+        found = {seed: rejected(task, seed, args.stories) for seed in args.seeds}
+        times = collections.Counter(name for names, _ in found.values() for name in names)
+        compared = {n for _, n in found.values()}
+        good = times.total() <= 2 and all(n < 2 for n in times.values())
+        refused += [] if good else [task]
+        print(f"{task:5} {max(compared)} histograms;", *(f"seed {seed} rejects {', '.join(names) or 'none'};"
+              for seed, (names, _) in found.items()), "accepted" if good else "REFUSED", flush=True)
+    sys.exit(bool(refused))
+
+
+if __name__ == "__main__":
+    main()
