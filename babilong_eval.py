@@ -1,20 +1,20 @@
-"""Ask a trained model the BABILong questions: tasks x lengths, memory on and off, with n and error intervals.
+"""Ask trained models the BABILong questions: tasks x lengths x models, three memory modes, and retrieval.
 
-    python babilong_eval.py --tasks qa1 --lengths 0k 4k --n 50        # a minute on a laptop
-    python babilong_eval.py --tasks qa1 --lengths 128k 1M --n 5       # far beyond any window, in equal memory
-    python babilong_eval.py --from_predictions out/table.jsonl        # train.py's table again, from its file
+    python babilong_eval.py --tasks qa1 --lengths 0k 4k --n 50         # a minute on a laptop
+    python babilong_eval.py --tasks qa1 --lengths 128k 1M:5 --n 20     # far beyond any window
+    python babilong_eval.py --memory on off other --rag 10             # all the ways of asking
+    python babilong_eval.py --ckpt lm2=out/ckpt.pt llama=out/llama/ckpt.pt --compare "lm2 on" "llama on"
+    python babilong_eval.py --source babilong --path babilong --lengths 0k 1k     # the published samples
+    python babilong_eval.py --from_predictions out/predictions.jsonl   # the tables of a file again
 
-Writes predictions.jsonl, one line an answer, beside the checkpoint (or to --out) and prints the table of it.
+Writes predictions.jsonl, one line an answer, beside the (first) checkpoint or to --out: a run that was cut
+short goes on there. Prints the tables of it, see data/metrics.py.
 
-`exact` is exact match of the normalised answer, the headline. `official` is the benchmark's metric, faults
-included. `off` holds every bank at its initial value, so that only the last segment can help. The columns
-"outside" count the samples whose needed facts all lie before the segment in which the answer is due: there
-only a memory can know.
+Memory `on` is as trained; `off` holds every bank at its initial value, so that only the last segment can
+help; `other` gives the last segment the bank of another document; `rag` reads no long document, but the
+sentences of it that BM25 finds closest to the question.
 """
-import json
-import math
-import random
-import sys
+import hashlib
 import time
 from pathlib import Path
 from typing import Iterable, Iterator
@@ -24,272 +24,323 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.babilong import Builder, Document, length_name, parse_length
+from data.babilong import COUNTS, Builder
 from data.checkpoint import load_checkpoint
-from data.cli import Parser, one_line
+from data.cli import Parser, one_line, save_json
+from data.device import keep_freed_memory, peak_memory, pick_device
+from data.document import Document, length_name, parse_length
+from data.metrics import cells, compare, official_score, table  # noqa: F401  official_score: for others
+from data.predictions import MODES, Predictions, load
+from data.published import published_table
+from data.samples import Downloaded, Samples, check_cells, generated
 from data.tokenizer import Tokenizer
-from lm2 import LM2
-
-ROOMS = "bathroom bedroom garden hallway kitchen office".split()
-# the labels that the benchmark looks for in an output (github.com/booydar/babilong, metrics.py, Apache-2.0)
-LABELS = {
-    **{f"qa{i}": ROOMS for i in (1, 2, 3, 4, 11, 12, 13)},
-    "qa5": "Bill Fred Jeff Mary apple football milk".split(),
-    **{f"qa{i}": ["yes", "no"] for i in (6, 9, 17, 18)},
-    "qa7": "none one two three".split(), "qa8": "apple football milk nothing".split(),
-    "qa10": "yes no maybe".split(),
-    "qa14": "bedroom cinema kitchen office park school".split(), "qa15": "cat mouse sheep wolf".split(),
-    "qa16": "gray green white yellow".split(),
-    "qa19": [f"{a},{b}" for a in "nesw" for b in "nesw" if {a, b} not in ({"n", "s"}, {"e", "w"})],
-    "qa20": "bedroom bored garden hungry kitchen thirsty tired".split(),
-}
+from lm2 import LM2, BlockState, LM2State
 
 
-def official_score(task: str, target: str, output: str, question: str) -> bool:
-    """The benchmark's published metric, faults included ("none" holds "one", "know" holds "no").
-
-    A label counts as given if it is a substring of the output's first sentence and not of the question. The
-    target has to be the one label given; of a target with commas every part, and no label besides."""
-    output, target, question = output.lower(), target.lower(), question.lower()
-    output = output.split(".")[0].split("<context>")[0].split("<example>")[0]
-    labels = {label.lower() for label in LABELS[task]}
-    given = {label for label in labels if label in output and label not in question}
-    if "," in target and len(target) > 3:
-        parts = target.split(",")
-        return all(part in given for part in parts) and len(given) == len(parts)
-    return given == {target}
+def of_rows(state: LM2State, rows: list[int]) -> LM2State:
+    """The state of some rows of a batch, in that order."""
+    return LM2State([BlockState(**{name: None if t is None else t[rows] for name, t in vars(b).items()})
+                     for b in state.blocks], state.fill)
 
 
-def exact_match(target: str, output: str) -> bool:
-    """Equal but for case, surrounding space and a final full stop."""
-    return output.strip().removesuffix(".").strip().lower() == target.strip().lower()
+@torch.no_grad()
+def carried(model: LM2, prompts: list[np.ndarray]) -> LM2State:
+    """What each prompt carries into its last segment, in which it is answered: a state of len(prompts) rows.
+    Prompts may differ in length: the batch shrinks as they end, none is padded."""
+    S, left = model.cfg.segment_len, model.initial_state(len(prompts))
+    ends = [(len(p) - 1) // S for p in prompts]                     # whole segments before the last
+    rows, done, state = list(range(len(prompts))), 0, left
+    if not model.cfg.n_mem_layer:
+        return left                                                             # nothing is carried
+    for end in sorted(set(ends)):
+        if end > done:
+            idx = torch.from_numpy(np.stack([prompts[i][done * S:end * S] for i in rows]))
+            _, state = model.read(idx.to(left.blocks[0].k.device), state)
+        for to, have in zip(left.blocks, state.blocks):
+            if have.bank is not None:
+                to.bank = to.bank.index_copy(0, torch.tensor(rows, device=to.bank.device), have.bank)
+        stay = [j for j, i in enumerate(rows) if ends[i] > end]
+        rows, done, state = [rows[j] for j in stay], end, of_rows(state, stay)
+    return left
 
 
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, as two shares; (0, 1) without any sample."""
-    if n == 0:
-        return 0.0, 1.0
-    p, d = hits / n, 1 + z * z / n
-    centre, half = (p + z * z / (2 * n)) / d, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def answer(model: LM2, tokenizer: Tokenizer, prompts: Tensor, memory: bool, most: int = 12) -> list[str]:
-    """Greedy answers to prompts (B, T) of equal length, up to the end of text or `most` tokens.
-
-    memory=False holds the banks at M_0. Nothing before the last segment can be seen then, nor is it read."""
+@torch.no_grad()
+def answer(model: LM2, tokenizer: Tokenizer, prompts: list[np.ndarray], state: LM2State, write: bool = True,
+           most: int = 12) -> list[str]:
+    """Greedy answers, up to the end of text or `most` tokens, from the last segments of `prompts` and what
+    is carried into them. Rows are padded on the right and read anew for each token: no position sees what
+    follows it, and the last segment is short. write=False: one that fills up leaves the bank as it was."""
     S = model.cfg.segment_len
-    if not memory:
-        prompts = prompts[:, (prompts.shape[1] - 1) // S * S:]
-    logits, state = model.read(prompts, write=memory)
-    ids = []
-    while True:
-        ids.append(logits.argmax(dim=-1))                                       # (B,)
-        if len(ids) == most or all(tokenizer.eot in row for row in torch.stack(ids, dim=1).tolist()):
+    rows = [p[(len(p) - 1) // S * S:].tolist() for p in prompts]
+    starts, active = [len(r) for r in rows], list(range(len(rows)))
+    for _ in range(most):
+        width = max(len(rows[i]) for i in active)
+        idx, last = torch.zeros(len(active), width, dtype=torch.int64), torch.full((len(active), width), -1)
+        for j, i in enumerate(active):
+            idx[j, :len(rows[i])], last[j, len(rows[i]) - 1] = torch.tensor(rows[i]), 0
+        device = state.blocks[0].k.device
+        logits, _, _ = model(idx.to(device), last.to(device), state, keep="targets", write=write)
+        new = logits.argmax(dim=-1).tolist()
+        stay = [j for j, token in enumerate(new) if token != tokenizer.eot]
+        for j in stay:
+            rows[active[j]].append(new[j])
+        if not stay:
             break
-        logits, state = model.read(ids[-1][:, None], state, write=memory)
-    rows = torch.stack(ids, dim=1).tolist()
-    return [tokenizer.decode(row[:row.index(tokenizer.eot)] if tokenizer.eot in row else row) for row in rows]
+        active, state = [active[j] for j in stay], of_rows(state, stay)
+    return [tokenizer.decode(row[start:]).strip() for row, start in zip(rows, starts)]
 
 
-def batches(documents: list[Document], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of documents with prompts of one length, as many together as hold max_tokens (one at least)."""
-    groups: dict[int, list[int]] = {}
-    for i, d in enumerate(documents):
-        groups.setdefault(len(d.prompt()), []).append(i)
-    for length, members in sorted(groups.items()):
-        size = max(1, max_tokens // length)
-        yield from (members[i:i + size] for i in range(0, len(members), size))
+def batches(n: int, size: int, pairs: bool) -> list[range]:
+    """0 .. n in batches; with `pairs` of two or more, as each document lends its neighbour a bank."""
+    size = max(2, size // 2 * 2) if pairs else max(1, size)
+    starts = list(range(0, n, size))
+    if pairs and len(starts) > 1 and n - starts[-1] == 1:
+        starts.pop()
+    return [range(a, b) for a, b in zip(starts, starts[1:] + [n])]
 
 
-def evaluate(model: LM2, tokenizer: Tokenizer, builder: Builder, tasks: Iterable[str], lengths: Iterable[int],
-             n: int, seed: int = 0, modes: tuple[str, ...] = ("on", "off"), max_tokens: int = 200_000,
-             show: bool = False) -> Iterator[dict]:
-    """Yield one prediction a sample and mode: task, length, i, memory, question, target, output, outside,
-    seconds (of its batch, a sample). Samples depend on seed, task and length only, so that models can be
-    compared on the same ones."""
-    device, training = next(model.parameters()).device, model.training
+def ask(model: LM2, tokenizer: Tokenizer, documents: list[Document], modes: Iterable[str], rag: int
+        ) -> dict[str, tuple[list[str], list[bool | None], float]]:
+    """Answers to a batch in each mode, whether retrieval found what is needed, and the seconds a document."""
+    modes, out, prompts = list(modes), {}, [d.prompt() for d in documents]
+    start, reading = time.perf_counter(), 0.0
+    if {"on", "other"} & set(modes):
+        state = carried(model, prompts)
+        reading = time.perf_counter() - start
+    for mode in modes:
+        found, start = [None] * len(documents), time.perf_counter()
+        if mode == "rag":
+            short, found = zip(*(d.retrieve(tokenizer, rag) for d in documents))
+            outputs = answer(model, tokenizer, short, carried(model, short))
+        elif mode == "off":
+            outputs = answer(model, tokenizer, prompts, model.initial_state(len(prompts)), write=False)
+        else:
+            neighbours = [j ^ 1 if j ^ 1 < len(prompts) else j - 1 for j in range(len(prompts))]
+            outputs = answer(model, tokenizer, prompts, state if mode == "on" else of_rows(state, neighbours))
+        seconds = time.perf_counter() - start + (reading if mode in ("on", "other") else 0)
+        out[mode] = outputs, list(found), seconds / len(documents)
+    return out
+
+
+Work = list[tuple[str, int, int]]   # (task, length, samples) of each cell
+
+
+def evaluate(model: LM2, tokenizer: Tokenizer, samples: Samples, work: Work,
+             modes: Iterable[str] = ("on", "off"), rag: int = 10, max_tokens: int = 200_000,
+             name: str = "lm2", done: set = frozenset(), show: bool = False) -> Iterator[list[dict]]:
+    """Yield the predictions of these cells batch by batch: model, task, length, i, memory, question, target,
+    output, outside, found, seconds (a sample of its batch). Those in `done` are not asked again."""
+    training = model.training
     model.eval()
-    for task in tasks:
-        for length in lengths:
-            rng = random.Random(f"{seed} {task} {length}")
-            at_once = max(1, max_tokens // max(1, length))  # a batch at a time: memory must not grow with n
-            bar = tqdm(total=n, desc=f"{task} {length_name(length)}", disable=None if show else True,
-                       leave=False)
-            for first in range(0, n, at_once):
-                documents = [builder.sample(task, length, rng) for _ in range(min(at_once, n - first))]
-                for members in batches(documents, max_tokens):
-                    prompts = torch.from_numpy(np.stack([documents[i].prompt() for i in members])).to(device)
-                    for mode in modes:
-                        start = time.perf_counter()
-                        outputs = answer(model, tokenizer, prompts, mode == "on")
-                        seconds = (time.perf_counter() - start) / len(members)
-                        for i, output in zip(members, outputs):
-                            d, q = documents[i], documents[i].questions[0]
-                            yield dict(task=task, length=length, i=first + i, memory=mode, question=q.text,
-                                       target=q.answer, output=output.strip(), seconds=round(seconds, 5),
-                                       outside=d.outside(model.cfg.segment_len))
-                    bar.update(len(members))
-            bar.close()
+    bar = tqdm(total=sum(length * n for _, length, n in work), desc=name, unit="tok", unit_scale=True,
+               disable=None if show else True, leave=False)
+    for task, length, n in work:
+        for batch in batches(n, max_tokens // max(length, 3000), "other" in modes):
+            todo = [m for m in modes if any((name, task, length, i, m) not in done for i in batch)]
+            bar.set_postfix(cell=f"{task} {length_name(length)}", refresh=False)
+            bar.update(length * len(batch))
+            if not todo:
+                continue
+            documents, rows = [samples(task, length, i) for i in batch], []
+            for mode, (outputs, found, seconds) in ask(model, tokenizer, documents, todo, rag).items():
+                for i, d, output, f in zip(batch, documents, outputs, found):
+                    if (name, task, length, i, mode) not in done:
+                        q, outside = d.questions[0], d.outside(model.cfg.segment_len)
+                        rows.append(dict(model=name, task=task, length=length, i=i, memory=mode,
+                                         question=q.text, target=q.answer, output=output, outside=outside,
+                                         found=f, seconds=round(seconds, 5)))
+            yield rows
+    bar.close()
     model.train(training)
 
 
-def share(rows: list[dict]) -> tuple[int, int]:
-    """(answers that match exactly, answers)"""
-    return sum(exact_match(r["target"], r["output"]) for r in rows), len(rows)
-
-
-def percent(rows: list[dict]) -> str:
-    hits, n = share(rows)
-    low, high = wilson(hits, n)
-    value = f"{100 * hits / n:.1f}" if hits < n else "100"
-    return f"{value} [{100 * low:.0f},{100 * high:.0f}]" if n else "-"
-
-
-def table(rows: list[dict]) -> str:
-    """The table of predictions, at most 80 columns wide: one line for each task and length."""
-    cells: dict[tuple[str, int], list[dict]] = {}
-    for r in rows:
-        cells.setdefault((r["task"], r["length"]), []).append(r)
-    lines = [f"exact match in %{'':29}| facts outside the window",
-             f"{'task':>4} {'length':>6} {'n':>4} {'memory on':>14} {'offic.':>6} {'floor':>5} |"
-             f"{'n':>4} {'memory on':>14} {'memory off':>14}"]
-    for (task, length), cell in cells.items():
-        on, off = ([r for r in cell if r["memory"] == mode] for mode in ("on", "off"))
-        base = on or off
-        targets = [r["target"] for r in base]
-        floor = max(map(targets.count, set(targets))) / len(base)
-        right = [official_score(task, r["target"], r["output"], r["question"]) for r in on]
-        official = f"{100 * sum(right) / len(right):.1f}" if right else "-"
-        far_on, far_off = ([r for r in part if r["outside"]] for part in (on, off))
-        lines.append(f"{task:>4} {length_name(length):>6} {len(base):4} {percent(on):>14} {official:>6} "
-                     f"{100 * floor:5.1f} |{len(far_on or far_off):4} {percent(far_on):>14} "
-                     f"{percent(far_off):>14}")
-    lines += ["[ , ]: Wilson's 95 % interval. offic.: the benchmark's own score, in % too.",
-              "floor: exact match of the best constant answer on these samples.",
-              "Outside: all needed facts lie before the last segment, the attention window.",
-              "Memory off: banks held at their initial value, so the last segment alone."]
-    return "\n".join(lines)
-
-
-def peak_memory() -> int:
-    """Peak resident set of this process in bytes (0 where the system does not tell)."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def forecast(model: LM2, tokenizer: Tokenizer, samples: Samples, work: Work, modes: list[str], rag: int
+             ) -> float:
+    """Seconds that this work will take: of each length up to 64k a few samples are tried, of the tasks in
+    turn; beyond, time grows with the length."""
+    cost: dict[int, float] = {}             # seconds a sample
+    for length in sorted({length for _, length, _ in work}):
+        near = max([x for x in cost if x >= 64_000], default=None)
+        if near is not None:
+            cost[length] = cost[near] * length / near
+            continue
+        tasks = [task for task, size, n in work if size == length and n > 1] or [work[0][0]]
+        few = 2 * max(1, min(len(tasks), 8_000 // max(length, 500)))
+        for _ in range(1 if cost else 2):   # the first call of a process is slow
+            start = time.perf_counter()
+            some = [samples(tasks[i // 2 % len(tasks)], length, i % 2) for i in range(few)]
+            ask(model, tokenizer, some, modes, rag)
+            cost[length] = (time.perf_counter() - start) / few
+    return sum(cost[length] * n for _, length, n in work)
 
 
 def report_cost(rows: list[dict]) -> str:
-    """Seconds a sample and tokens a second, memory on, for each length."""
-    cost: dict[int, list[float]] = {}
+    """Seconds a sample of each model, length and mode, and the tokens a second that are read."""
+    cost: dict[tuple[str, int], dict[str, list[float]]] = {}
     for r in rows:
-        if r["memory"] == "on":
-            cost.setdefault(r["length"], []).append(r["seconds"])
-    lines = [f"{length_name(length):>5}: {sum(s) / len(s):.3f} s a sample" +
-             (f", {length * len(s) / sum(s):,.0f} tokens/s" if length and sum(s) else "")
-             for length, s in cost.items()]
-    return "reading, memory on\n" + "\n".join(lines) + f"\npeak resident set {peak_memory() / 2**20:.0f} MiB"
+        cost.setdefault((r["model"], r["length"]), {}).setdefault(r["memory"], []).append(r["seconds"])
+    lines = []
+    for (model, length), modes in cost.items():
+        mean = {mode: sum(s) / len(s) for mode, s in modes.items()}
+        rate = f"; {length / mean['on']:,.0f} tokens/s" if length and mean.get("on") else ""
+        each = ", ".join(f"{mode} {s:.3f}" for mode, s in mean.items())
+        lines.append(f"{model} {length_name(length)}: {each}{rate}")
+    return "\n".join(["seconds a sample", *lines, f"peak resident set {peak_memory() / 2**20:.0f} MiB"])
 
 
-KINDS = dict(task=str, length=int, memory=str, question=str, target=str, output=str, outside=bool)
+def read_flags(argv: list[str] | None):
+    parser = Parser("babilong_eval.py", __doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--ckpt", nargs="+", default=["out/ckpt.pt"],
+        help="checkpoints of train.py, as PATH or NAME=PATH (default out/ckpt.pt)")
+    add("--tasks", nargs="+", help="bAbI tasks, such as qa1 qa2 (default those of the training)")
+    add("--lengths", nargs="+", default=["0k", "1k", "2k", "4k", "8k", "16k"],
+        help="tokens of facts + background, 0k is without; 64k:25 asks 25 (default 0k 1k 2k 4k 8k 16k)")
+    add("--n", type=int, default=200, help="samples a task and length (default 200)")
+    add("--memory", nargs="+", default=["on", "off"], choices=("on", "off", "other", "none"),
+        help="on: as trained; off: banks at their initial value; other: another document's; none: with "
+             "--rag alone (default on off)")
+    add("--rag", type=int, default=0,
+        help="also with the K best sentences by BM25 for the whole context (default 0: not)")
+    add("--metric", nargs="+", default=["exact", "official"], choices=("exact", "official"),
+        help="what the tables show (default exact official)")
+    add("--source", default="generated", choices=("generated", "babi", "babilong"),
+        help="stories: generated, of original bAbI files, or the published samples (default generated)")
+    add("--path", help="file or folder of --source babi or babilong (default none)")
+    add("--background", help="folder of .txt files (default Python's own documentation)")
+    add("--count", default="own", choices=COUNTS, help="what a length counts: the model's tokens, GPT-2's or "
+        "4.4 characters; by the last two 4k is 3,700 as published (default own)")
+    add("--seed", type=int, default=0, help="seed of the samples (default 0)")
+    add("--max_tokens", type=int, default=200_000, help="tokens of prompts held at once (default 200000)")
+    add("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    add("--out", help="file for the answers (default predictions.jsonl beside the first checkpoint)")
+    add("--again", action="store_true", help="replace the answers in --out instead of going on (default off)")
+    add("--compare", nargs=2, metavar=("A", "B"), help="also McNemar's test between two columns, such as "
+        '"lm2 on" "lm2 off", on the same questions (default none)')
+    add("--figures", help="also write the counts of every cell to this JSON file (default none)")
+    add("--from_predictions", help="only print the tables of this file again (default none)")
+    add("--published", action="store_true", help="also print the papers' own rows (default off)")
+    args = parser.parse_args(argv)
+    if args.n < 1 or args.max_tokens < 1 or args.rag < 0:
+        parser.error(f"--n {args.n} and --max_tokens {args.max_tokens} must be at least 1, --rag {args.rag} "
+                     "at least 0")
+    if (args.source == "generated") != (args.path is None):
+        parser.error(f"--source {args.source} with --path {args.path}: --path belongs to babi and babilong")
+    args.modes = [m for m in MODES if m in args.memory or m == "rag" and args.rag]
+    if not args.modes:
+        parser.error("--memory none asks nothing: give --rag K with it")
+    return args
 
 
-def load_predictions(path: str | Path) -> list[dict]:
-    """The rows of a predictions.jsonl; ValueError names a file or line that is none."""
-    path, rows = Path(path), []
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}: name a predictions.jsonl with --from_predictions")
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            row = json.loads(line.decode("utf-8"))
-            if (not all(isinstance(row[key], kind) for key, kind in KINDS.items())
-                    or row["task"] not in LABELS or row["memory"] not in ("on", "off")):
-                raise ValueError
-            rows.append(row)
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{path} line {number} is no prediction: run the evaluation again") from None
-    if not rows:
-        raise ValueError(f"{path} holds no prediction: run the evaluation again")
-    return rows
+def read_models(names: list[str], device: torch.device) -> dict[str, tuple[LM2, Tokenizer, dict, str]]:
+    """Model, tokenizer, content and fingerprint of each checkpoint by its name: that given, else lm2 or llama
+    for one, and its folder for one of several."""
+    models = {}
+    for text in names:
+        name, _, path = text.rpartition("=")
+        model, tokenizer, content = load_checkpoint(path, device)
+        kind = "lm2" if model.cfg.n_mem_layer else "llama"
+        name = name or (kind if len(names) == 1 else Path(path).resolve().parent.name)
+        if name in models:
+            raise ValueError(f"--ckpt: two models are called {name!r}, give NAME=PATH")
+        digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+        models[name] = model, tokenizer, content, digest
+    return models
 
 
-def save_predictions(rows: list[dict], path: Path) -> None:
-    """Write rows to `path`; a file that is there is replaced only when the new one is complete."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
-    partial.replace(path)
+def read_lengths(texts: list[str], n: int) -> dict[int, int]:
+    """{tokens: samples} of lengths such as 4k and 64k:25."""
+    counts = {}
+    for text in texts:
+        length, colon, own = text.partition(":")
+        if colon and not (own.isdecimal() and int(own)):
+            raise ValueError(f"--lengths {text!r}: samples stand behind the colon, such as 64k:25")
+        counts[parse_length(length)] = int(own or n)
+    return counts
 
 
-def check_cells(builder: Builder, tasks: Iterable[str], lengths: Iterable[int]) -> None:
-    """ValueError, before any time is spent, for an unknown task or a length too short for its facts."""
+def show(rows: list[dict], args) -> None:
+    """Print what is asked for of these predictions, and write the figures."""
+    figures = cells(rows)
+    print(table(figures, args.metric))
+    for metric in args.metric if args.compare else ():
+        print("\n" + compare(rows, *args.compare, metric))
+    if args.published:
+        print("\n" + published_table())
+    if args.figures:
+        save_json(dict(cells=figures), args.figures)
+
+
+def run(args) -> None:
+    """Ask all models, from where an earlier run stopped, and show the answers."""
+    device, counts = pick_device(args.device), read_lengths(args.lengths, args.n)
+    models = read_models(args.ckpt, device)
+    model, tokenizer, content, _ = next(iter(models.values()))
+    tasks = list(dict.fromkeys(args.tasks or content.get("train", dict(tasks="qa1"))["tasks"].split()))
+    out = Path(args.out or Path(args.ckpt[0].rpartition("=")[2]).with_name("predictions.jsonl"))
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"--out {out} is a folder or in none: name a file in a folder that is there")
+    if out.exists() and any(out.samefile(text.rpartition("=")[2]) for text in args.ckpt):
+        raise ValueError(f"--out {out} is the checkpoint: name another file")
+    sources, work, settings = {}, [], []
+    for name, (model, tokenizer, content, digest) in models.items():
+        print(f"{name}: {model.n_params()[0]:,} parameters, segments of {model.cfg.segment_len}, {device}")
+        if tokenizer.ranks not in sources:      # models of one tokenizer share their samples
+            sources[tokenizer.ranks] = read_source(args, tokenizer, max(counts))
+        samples, text = sources[tokenizer.ranks]
+        check_cells(samples, tasks, counts)
+        settings.append(dict(model=name, checkpoint=digest, source=args.source, path=args.path,
+                             seed=args.seed, count=args.count, background=text)
+                        | (dict(rag=args.rag) if args.rag else {}))
     for task in tasks:
-        for length in lengths:
-            builder.sample(task, length, random.Random(0))
+        for length, n in counts.items():
+            have = len(samples.rows(task, length)) if args.source == "babilong" else n
+            work.append((task, length, min(n, have)))
+            if have < n:
+                print(f"{task} {length_name(length)}: {have} samples published, not {n}")
+    predictions = Predictions(out, settings, args.again)
+    asked = {(name, task, length, i, mode) for name in models for task, length, n in work for i in range(n)
+             for mode in args.modes}
+    if already := len(asked & predictions.done):
+        print(f"{out} has {already:,} of {len(asked):,} answers already")
+    seconds = 0.0
+    for name, (model, tokenizer, *_) in models.items():
+        left = [(task, length, sum(any((name, task, length, i, m) not in predictions.done for m in args.modes)
+                                   for i in range(n))) for task, length, n in work]
+        left = [cell for cell in left if cell[2]]
+        seconds += forecast(model, tokenizer, sources[tokenizer.ranks][0], left, args.modes, args.rag)
+    print(f"this will take about {seconds / 60:.1f} minutes", flush=True)
+    began = time.perf_counter()
+    for name, (model, tokenizer, *_) in models.items():
+        for rows in evaluate(model, tokenizer, sources[tokenizer.ranks][0], work, args.modes, args.rag,
+                             args.max_tokens, name, predictions.done, True):
+            predictions.add(rows)
+    print(f"it took {(time.perf_counter() - began) / 60:.1f} minutes\n")
+    rows = [r for r in predictions.rows if (r["model"], r["task"], r["length"], r["i"], r["memory"]) in asked]
+    show(rows, args)
+    print("\n" + report_cost(rows), f"answers in {out}", sep="\n")
 
 
-def pick_device(name: str) -> torch.device:
-    """"auto" takes CUDA if there is one; ValueError for a device that this machine has not."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, dtype=torch.float64, device=device).item()  # the angles are made in float64
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
-        raise ValueError(f"--device {name!r} is not on this machine: give cpu, cuda or auto") from None
+def read_source(args, tokenizer: Tokenizer, longest: int) -> tuple[Samples, str | None]:
+    """The samples that the flags ask for, in this model's tokens, and a fingerprint of the background."""
+    if args.source == "babilong":
+        return Downloaded(args.path, tokenizer), None
+    builder = Builder(tokenizer, "val", args.background, None, args.path, args.count)
+    print(f"background of {len(builder.prose):,} tokens, {builder.chars_per_token:.2f} characters each")
+    if longest > builder.sizes[-1]:
+        print(f"a sample of {length_name(longest)} goes round it {longest / builder.sizes[-1]:.1f} times")
+    text = hashlib.blake2b("".join(builder.sentences).encode(), digest_size=8).hexdigest()
+    return generated(builder, args.seed), text
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("babilong_eval.py", __doc__.split("\n")[0])
-    parser.add_argument("--ckpt", default="out/ckpt.pt", help="checkpoint of train.py (default out/ckpt.pt)")
-    parser.add_argument("--tasks", nargs="+", default=None,
-                        help="bAbI tasks, such as qa1 qa2 (default those of the training)")
-    parser.add_argument("--lengths", nargs="+", default=["0k", "1k", "2k", "4k", "8k", "16k"],
-                        help="tokens of facts + background; 0k is without (default 0k 1k 2k 4k 8k 16k)")
-    parser.add_argument("--n", type=int, default=200, help="samples a task and length (default 200)")
-    parser.add_argument("--memory", nargs="+", default=["on", "off"], choices=("on", "off"),
-                        help="on: as trained; off: banks held at their initial value (default on off)")
-    parser.add_argument("--background", default=None,
-                        help="folder of .txt files (default Python's own documentation)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
-    parser.add_argument("--max_tokens", type=int, default=200_000,
-                        help="tokens of prompts held at once (default 200000)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    parser.add_argument("--out", default=None,
-                        help="file for the answers (default predictions.jsonl beside the checkpoint)")
-    parser.add_argument("--from_predictions", default=None,
-                        help="only print the table of this file again (default none)")
-    args = parser.parse_args(argv)
-    if args.n < 1 or args.max_tokens < 1:
-        parser.error(f"--n {args.n} and --max_tokens {args.max_tokens} must be at least 1")
+    args = read_flags(argv)
+    keep_freed_memory()
     with one_line("babilong_eval.py"):
         if args.from_predictions:
-            print(table(load_predictions(args.from_predictions)))
-            return
-        device = pick_device(args.device)
-        lengths = list(dict.fromkeys(map(parse_length, args.lengths)))
-        model, tokenizer, content = load_checkpoint(args.ckpt, device)
-        tasks = list(dict.fromkeys(args.tasks or content.get("train", dict(tasks="qa1"))["tasks"].split()))
-        builder = Builder(tokenizer, "val", args.background)
-        check_cells(builder, tasks, lengths)
-        out = Path(args.out or Path(args.ckpt).with_name("predictions.jsonl"))
-        if out.is_dir() or not out.parent.is_dir():
-            raise ValueError(f"--out {out} is a folder or in none: name a file in a folder that is there")
-        if out.exists() and out.samefile(args.ckpt):
-            raise ValueError(f"--out {out} is the checkpoint: name another file")
-        print(f"{args.ckpt}: {model.n_params()[0]:,} parameters, segments of {model.cfg.segment_len} tokens\n"
-              f"background of {len(builder.prose):,} tokens, {builder.chars_per_token:.2f} characters each, "
-              f"{device}")
-        if max(lengths) > len(builder.prose):
-            print("samples longer than the background go round it more than once")
-        modes = tuple(dict.fromkeys(args.memory))
-        rows = list(evaluate(model, tokenizer, builder, tasks, lengths, args.n, args.seed, modes,
-                             args.max_tokens, True))
-        save_predictions(rows, out)
-        print(table(rows), report_cost(rows), f"answers in {out}", sep="\n")
+            show(load(args.from_predictions), args)
+        else:
+            run(args)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from babilong_eval import pick_device
 from data.checkpoint import load_checkpoint
 from data.cli import Parser, one_line
+from data.device import pick_device
 
 
 def read_text(name: str) -> str:

@@ -8,7 +8,6 @@
 Writes ckpt.pt, metrics.jsonl and, of the table of accuracy against length that it ends with, table.jsonl to
 --out_dir. `python babilong_eval.py` and `python sample.py` read the checkpoint.
 """
-import ctypes
 import json
 import math
 import random
@@ -22,12 +21,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from babilong_eval import check_cells, evaluate, exact_match, pick_device, save_predictions, table
+from babilong_eval import evaluate
 from data import background
 from data.babi import TASKS
-from data.babilong import Builder, length_name, parse_length
+from data.babilong import Builder
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.cli import Parser, one_line
+from data.device import keep_freed_memory, pick_device
+from data.document import length_name, parse_length
+from data.metrics import cells, exact_match, table
+from data.predictions import save
+from data.samples import check_cells, generated
 from data.tokenizer import load
 from lm2 import PRESETS, LM2, LM2Config
 
@@ -55,6 +59,7 @@ class TrainConfig:
     beta2: float = 0.98                 # AdamW; beta1 is 0.9
     clip: float = 1.0                   # longest gradient, norm over all parameters
     seed: int = 0                       # of the initial weights and of the data
+    stories: str | None = None          # file or folder of original bAbI files; None: generated stories
     background: str | None = None       # folder of .txt files to hide facts in; None: Python's documentation
     device: str = "auto"                # auto, cpu or cuda
     threads: int = 0                    # CPU threads; 0 leaves PyTorch's choice
@@ -191,9 +196,9 @@ class Trainer:
         torch.set_num_threads(c.threads or torch.get_num_threads())
         self.autocast = torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
         documents = background.documents(c.background)
-        self.train_set, self.val_set = (Builder(self.tokenizer, part, c.background, documents)
+        self.train_set, self.val_set = (Builder(self.tokenizer, part, c.background, documents, c.stories)
                                         for part in ("train", "val"))
-        check_cells(self.val_set, self.tasks, self.table_lengths)
+        check_cells(generated(self.val_set, c.seed), self.tasks, self.table_lengths)
         self.model.to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.optimizer_groups(c.weight_decay), lr=c.lr,
                                            betas=(0.9, c.beta2), fused=True)
@@ -271,11 +276,16 @@ class Trainer:
         """Exact match on a fixed set of benchmark samples, the same every time."""
         lengths = [x for x in self.table_lengths if x <= 4000] or self.table_lengths[:1]
         hits: dict[str, list[bool]] = {}
-        n, modes = self.c.eval_n, ("on",)
-        for r in evaluate(self.model, self.tokenizer, self.val_set, self.tasks, lengths, n, -1, modes):
+        for r in self.evaluate(lengths, self.c.eval_n, -1, ("on",)):
             cell = hits.setdefault(f"{r['task']} {length_name(r['length'])}", [])
             cell.append(exact_match(r["target"], r["output"]))
         return {cell: round(sum(h) / len(h), 4) for cell, h in hits.items()}
+
+    def evaluate(self, lengths: list[int], n: int, seed: int, modes: tuple[str, ...], show: bool = False
+                 ) -> list[dict]:
+        work = [(task, length, n) for task in self.tasks for length in lengths]
+        samples = generated(self.val_set, seed)
+        return sum(evaluate(self.model, self.tokenizer, samples, work, modes, show=show), [])
 
     def run(self) -> None:
         c, began, before = self.c, time.perf_counter(), self.seconds
@@ -310,19 +320,9 @@ class Trainer:
         bar.close()
         print(f"trained {self.tokens / 1e6:.1f} M tokens in {self.step} steps and {self.seconds / 60:.1f} "
               f"minutes; wrote {self.ckpt}", flush=True)
-        rows = list(evaluate(self.model, self.tokenizer, self.val_set, self.tasks, self.table_lengths,
-                             c.table_n, show=True))
-        save_predictions(rows, self.ckpt.with_name("table.jsonl"))
-        print(table(rows))
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees: to give it back and take it again costs 10 to 25 % of a CPU step."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
-    except (OSError, AttributeError):
-        pass  # another system or C library: nothing to mend
+        rows = self.evaluate(self.table_lengths, c.table_n, 0, ("on", "off"), show=True)
+        save(rows, self.ckpt.with_name("table.jsonl"))
+        print(table(cells(rows)))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,61 +1,30 @@
 """BABILong samples: bAbI facts hidden between sentences of real prose, a question at the end, at any length.
 
-    python -m data.babilong --task qa1 --length 1k        # print a sample and its numbers
+    python -m data.babilong --task qa1 --length 1k                  # print a sample and its numbers
+    python -m data.babilong --task qa3 --length 4k --count chars    # as long as the published 4k
 
 Writes nothing. Lengths are tokens of facts + background (the question is not counted), as the benchmark does;
 0 means no background. The background is consecutive sentences from a random start, the last one cut so that
 the length is exact; each fact goes to a random gap between two sentences, in the story's order.
 Train and validation share no story (by a hash of its sentences) and no passage of background.
 """
+import bisect
 import hashlib
 import random
-from typing import NamedTuple, Sequence
+from typing import Sequence
 
 import numpy as np
+import tiktoken
 
 from data import babi, background
 from data.cli import Parser, one_line
+from data.document import Document, join, parse_length
 from data.tokenizer import Tokenizer, load
 
 VAL_SHARE = 10  # one story in ten is kept for validation
-
-
-class Document(NamedTuple):
-    """Token ids of a document with what is to be answered in it."""
-    ids: np.ndarray                     # (T,) int64: context, (question, answer, end of text) once or more
-    answers: list[tuple[int, int]]      # start and stop of each answer in ids, its end of text included
-    questions: list[babi.Question]
-    facts: list[tuple[int, int]]        # start and stop of each fact in ids
-    texts: list[str]                    # the facts' sentences
-    context_len: int                    # tokens of facts and background
-
-    def prompt(self) -> np.ndarray:
-        """What the model is given before it has to answer the first question."""
-        return self.ids[:self.answers[0][0]]
-
-    def outside(self, segment_len: int) -> bool:
-        """Whether all facts that the first question needs lie before the segment in which it is answered."""
-        last = (self.answers[0][0] - 1) // segment_len * segment_len
-        return all(self.facts[i][1] <= last for i in self.questions[0].support)
-
-
-def parse_length(text: str) -> int:
-    """"0k", "4k", "1M" or a plain number -> tokens, in thousands as the benchmark's names are."""
-    unit = {"k": 1000, "m": 1000_000}.get(text[-1:].lower(), 1)
-    try:
-        value = int(text.strip() if unit == 1 else text[:-1])
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise ValueError(f"length {text!r} is none: write 0k, 4k, 1M or a number of tokens")
-    return value * unit
-
-
-def length_name(length: int) -> str:
-    """4000 -> "4k", 1000000 -> "1M", 96 -> "96"."""
-    if length and length % 1_000_000 == 0:
-        return f"{length // 1_000_000}M"
-    return f"{length // 1000}k" if length % 1000 == 0 else str(length)
+CHARS = 4.4     # characters of an English GPT-2 token
+LESS = 300      # so many tokens under its name is a published length: "4k" holds 3,700 GPT-2 tokens
+COUNTS = ("own", "gpt2", "chars")  # what a length counts: the model's tokens, GPT-2's, 4.4 characters
 
 
 def story_part(texts: Sequence[str]) -> str:
@@ -64,88 +33,131 @@ def story_part(texts: Sequence[str]) -> str:
     return "val" if int.from_bytes(digest, "little") % VAL_SHARE == 0 else "train"
 
 
+def gpt2_encoding() -> tiktoken.Encoding:
+    """GPT-2's encoding, as tiktoken has it in its cache or fetches it; ValueError where neither works."""
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception:  # no network: requests has many ways to say so
+        raise ValueError("--count gpt2: tiktoken has no GPT-2 encoding here and cannot fetch it: give "
+                         f"--count chars, {CHARS} characters a token") from None
+
+
 class Builder:
-    """Builds documents of one part ("train" or "val") from generated stories and tokenised background."""
+    """Builds documents of one part ("train" or "val") from stories and tokenised background.
+
+    folder     .txt files for the background, None: Python's documentation; or documents, already read
+    stories    file or folder of original bAbI files instead of generated stories; their _train or _test
+    count      what a length counts, one of COUNTS; by "gpt2" and "chars" 4k is 3,700, as published"""
 
     def __init__(self, tokenizer: Tokenizer, part: str, folder: str | None = None,
-                 documents: list | None = None):
-        self.tokenizer, self.part, self.cache = tokenizer, part, {}
+                 documents: list | None = None, stories: str | None = None, count: str = "own"):
+        self.tokenizer, self.part, self.stories, self.count = tokenizer, part, stories, count
+        self.cache, self.pools = {}, {}
+        self.gpt2 = gpt2_encoding() if count == "gpt2" else None
         documents = background.documents(folder) if documents is None else documents
-        sentences = [s for passage in background.split(documents, part) for s in passage]
-        if not sentences:
+        self.sentences = [" " + s for passage in background.split(documents, part) for s in passage]
+        if self.gpt2:  # the benchmark's own filter, beside ours of 8 words
+            self.sentences = [s for s in self.sentences if len(self.gpt2.encode_ordinary(s.strip())) >= 10]
+        if not self.sentences:
             raise ValueError(f"the background {folder or 'shipped with Python'} has no sentence for {part}: "
                              "give a folder with more text")
-        coded = [tokenizer.encode(" " + s) for s in sentences]
+        coded = [tokenizer.encode(s) for s in self.sentences]
         self.prose = np.array([t for c in coded for t in c], dtype=np.int64)        # all sentences, one run
         self.starts = np.cumsum([0] + [len(c) for c in coded])                      # where each begins
-        self.chars_per_token = sum(len(s) + 1 for s in sentences) / len(self.prose)
+        self.sizes = np.cumsum([0] + [self.size(s, c) for s, c in zip(self.sentences, coded)])  # counted
+        self.chars_per_token = sum(map(len, self.sentences)) / len(self.prose)
 
-    def encode(self, sentence: str) -> np.ndarray:
-        """A sentence of a story with the space before it; few differ, so they are kept."""
+    def size(self, text: str, ids: Sequence[int]) -> float:
+        """What a sentence with the space before it counts."""
+        return {"own": lambda: len(ids), "gpt2": lambda: len(self.gpt2.encode_ordinary(text)),
+                "chars": lambda: len(text) / CHARS}[self.count]()
+
+    def encode(self, sentence: str) -> tuple[np.ndarray, float]:
+        """Ids and size of a sentence of a story; few differ, so they are kept."""
         if sentence not in self.cache:
-            self.cache[sentence] = np.array(self.tokenizer.encode(" " + sentence), dtype=np.int64)
+            ids = np.array(self.tokenizer.encode(" " + sentence), dtype=np.int64)
+            self.cache[sentence] = ids, self.size(" " + sentence, ids)
         return self.cache[sentence]
 
     def story(self, task: str, n_facts: int | None, rng: random.Random
               ) -> tuple[list[str], list[babi.Question]]:
         """Facts of a story of this part and questions on them: as bAbI asks (n_facts None), one; else
         everything that can be asked after n_facts facts, or after more where so few allow no question."""
-        rules, silent = babi.TASKS[task], 0
+        if self.stories is not None:
+            return self.story_read(task, n_facts, rng)
+        rules = babi.TASKS[task]
         while True:
             if n_facts is None:
-                story = babi.story(rules, rng)
+                story = rules.story(rng)
                 n, question = story.questions[int(rng.random() * len(story.questions))]
                 events, questions = story.events[:n], [question]
             else:
-                events = list(babi.simulate(rules, rng, n_facts + silent // 100))
-                questions = babi.all_questions(rules, events, rng)
+                events, questions = rules.lesson(n_facts, rng)
             texts = [e.text for e in events]
-            silent += not questions
-            if questions and story_part(texts) == self.part:
+            if story_part(texts) == self.part:
                 return texts, questions
 
-    def background(self, length: int, rng: random.Random) -> list[np.ndarray]:
-        """Consecutive sentences from a random start, `length` tokens in all; goes round at the text's end."""
-        first = int(rng.random() * (len(self.starts) - 1))
-        sentences = []
-        while length > 0:
-            sentence = self.prose[self.starts[first]:self.starts[first + 1]][:length]
-            sentences.append(sentence)
-            length, first = length - len(sentence), (first + 1) % (len(self.starts) - 1)
-        return sentences
+    def story_read(self, task: str, n_facts: int | None, rng: random.Random
+                   ) -> tuple[list[str], list[babi.Question]]:
+        """The same from original files: one of the questions that they ask, with n_facts facts before it or
+        fewer, as far as there are such."""
+        if task not in self.pools:
+            read = babi.read_stories(self.stories, task, self.part)
+            pool = sorted(((n, story, q) for story in read for n, q in story.questions), key=lambda x: x[0])
+            self.pools[task] = pool, [n for n, _, _ in pool]
+        pool, counts = self.pools[task]
+        most = len(pool) if n_facts is None else bisect.bisect_right(counts, max(n_facts, counts[0]))
+        n, story, question = pool[int(rng.random() * most)]
+        return [e.text for e in story.events[:n]], [question]
 
-    def assemble(self, texts: list[str], questions: list[babi.Question], length: int, rng: random.Random
+    def background(self, length: float, rng: random.Random) -> list[np.ndarray]:
+        """Consecutive sentences from a random start, `length` in all; goes round at the text's end."""
+        n, total = len(self.sentences), self.sizes[-1]
+        first = int(rng.random() * n)
+        if length <= 0:
+            return []
+        stop = self.sizes[first] + length                           # counted on round after round
+        rounds, rest = divmod(stop, total)
+        last = int(rounds) * n + int(np.searchsorted(self.sizes, rest)) - 1     # the sentence that is cut
+        which = [i % n for i in range(first, last + 1)]
+        pieces = [self.prose[self.starts[i]:self.starts[i + 1]] for i in which]
+        over = (last + 1) // n * total + self.sizes[(last + 1) % n] - stop      # how much too long they are
+        return pieces[:-1] + [self.cut(which[-1], over)] if over > 0 else pieces
+
+    def cut(self, i: int, over: float) -> np.ndarray:
+        """Sentence i without the last `over` that it counts."""
+        text = self.sentences[i]
+        if self.count == "own":
+            return self.prose[self.starts[i]:self.starts[i + 1] - int(over)]
+        if self.count == "chars":
+            return np.array(self.tokenizer.encode(text[:len(text) - round(over * CHARS)]), dtype=np.int64)
+        text = self.gpt2.decode(self.gpt2.encode_ordinary(text)[:-int(over)])
+        return np.array(self.tokenizer.encode(text), dtype=np.int64)
+
+    def assemble(self, texts: list[str], questions: list[babi.Question], length: float, rng: random.Random
                  ) -> Document:
-        """Hide the facts in background: `length` tokens together, or the facts alone if length is 0."""
+        """Hide the facts in background: `length` counted together, or the facts alone if length is 0."""
         facts = [self.encode(t) for t in texts]
-        noise = self.background(length - sum(map(len, facts)), rng)
+        noise = self.background(length - sum(size for _, size in facts), rng)
         gaps = sorted(int(rng.random() * (len(noise) + 1)) for _ in facts)
-        pieces, spans, at, used = [], [], 0, 0
-        for fact, gap in zip(facts, gaps):
-            between = noise[used:gap]
-            at, used = at + sum(map(len, between)), gap
-            pieces += between + [fact]
-            spans.append((at, at + len(fact)))
-            at += len(fact)
-        pieces += noise[used:]
-        context_len = at = at + sum(map(len, noise[used:]))
-        answers = []
-        for q in questions:
-            asked, answer = self.encode(q.text), self.encode(q.answer)
-            pieces += [asked, answer, np.array([self.tokenizer.eot])]
-            answers.append((at + len(asked), at + len(asked) + len(answer) + 1))
-            at = answers[-1][1]
-        return Document(np.concatenate(pieces), answers, questions, spans, texts, context_len)
+        sentences, used = [], 0
+        for (ids, _), gap in zip(facts, gaps):
+            sentences += noise[used:gap] + [ids]
+            used = gap
+        sentences += noise[used:]
+        return join(sentences, [gap + i for i, gap in enumerate(gaps)], texts, questions,
+                    lambda text: self.encode(text)[0], self.tokenizer.eot)
 
     def sample(self, task: str, length: int, rng: random.Random, tries: int = 1000) -> Document:
         """One question at the end of `length` tokens, as the benchmark asks it. Stories that do not fit are
         passed over; ValueError if none fits, or for an unknown task."""
         if task not in babi.TASKS:
             raise ValueError(f"task {task!r} is unknown: choose from {' '.join(babi.TASKS)}")
+        room = length if self.count == "own" else length - LESS
         for _ in range(tries):
             texts, questions = self.story(task, None, rng)
-            if length == 0 or sum(len(self.encode(t)) for t in texts) <= length:
-                return self.assemble(texts, questions, length, rng)
+            if length == 0 or sum(self.encode(t)[1] for t in texts) <= room:
+                return self.assemble(texts, questions, room if length else 0, rng)
         raise ValueError(f"length {length} is too short for the facts of {task}: give more tokens, "
                          "or 0 for no background")
 
@@ -155,8 +167,8 @@ class Builder:
         drawn from room = (least, most) tokens; without background if most is 0 or the facts leave no room."""
         texts, questions = self.story(tasks[int(rng.random() * len(tasks))], n_facts, rng)
         questions = questions[:max_questions]
-        facts = sum(len(self.encode(t)) for t in texts)
-        tail = sum(len(self.encode(q.text)) + len(self.encode(q.answer)) + 1 for q in questions)
+        facts = sum(len(self.encode(t)[0]) for t in texts)
+        tail = sum(len(self.encode(q.text)[0]) + len(self.encode(q.answer)[0]) + 1 for q in questions)
         least = max(room[0] - tail, facts)
         most = room[1] - tail
         length = least + int(rng.random() * (most - least + 1)) if most > facts else 0
@@ -172,10 +184,14 @@ def main(argv: list[str] | None = None) -> None:
                         help="which stories and prose (default val)")
     parser.add_argument("--background", default=None,
                         help="folder of .txt files (default: Python's documentation)")
+    parser.add_argument("--stories", default=None,
+                        help="file or folder of original bAbI files (default: generated stories)")
+    parser.add_argument("--count", default="own", choices=COUNTS,
+                        help="what a length counts: own tokens, GPT-2's, or 4.4 characters (default own)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default 0)")
     args = parser.parse_args(argv)
     with one_line("python -m data.babilong"):
-        builder = Builder(load(), args.part, args.background)
+        builder = Builder(load(), args.part, args.background, None, args.stories, args.count)
         doc = builder.sample(args.task, parse_length(args.length), random.Random(args.seed))
         text, question = builder.tokenizer.decode(doc.prompt()).strip(), doc.questions[0]
         print(text, f"answer: {question.answer}",

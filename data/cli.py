@@ -7,10 +7,12 @@ Writes nothing but the line on standard error.
 import argparse
 import contextlib
 import inspect
+import json
 import sys
 import types
 import typing
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,3 +77,12 @@ def one_line(prog: str):
                    else str(error))
         print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
+
+
+def save_json(value, path: str | Path) -> None:
+    """Write a value as JSON, one line for each item of its lists; an older file stays until it is complete."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".tmp")
+    text = json.dumps(value, ensure_ascii=False).replace("}, {", "},\n {")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)

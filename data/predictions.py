@@ -1,0 +1,86 @@
+"""predictions.jsonl: one line an answer, written as it comes, so that an evaluation cut short can go on.
+
+    rows = load("out/predictions.jsonl")
+
+Before the answers of a model stands a line of the settings that they depend on. Going on with other settings
+is refused, so that no table ever mixes two. Writes the file that it is given.
+"""
+import json
+from pathlib import Path
+
+from data.metrics import LABELS
+
+KINDS = dict(task=str, length=int, memory=str, question=str, target=str, output=str)
+MODES = ("on", "off", "other", "rag")
+
+
+def parse(path: Path, number: int, line: bytes) -> dict:
+    """A line of the file; ValueError names one that is neither a prediction nor settings."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+        if isinstance(row.get("settings"), dict) and isinstance(row["settings"].get("model"), str):
+            return row
+        if (not all(isinstance(row[key], kind) for key, kind in KINDS.items()) or row["task"] not in LABELS
+                or row["memory"] not in MODES or not isinstance(row["outside"], bool | None)):
+            raise ValueError
+        return dict(model="lm2") | row
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{path} line {number} is no prediction: give another file, or run the evaluation "
+                         "again") from None
+
+
+def load(path: str | Path) -> list[dict]:
+    """The predictions of a file; ValueError names a file or line that is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: name a predictions.jsonl")
+    lines = [parse(path, i, line) for i, line in enumerate(path.read_bytes().splitlines(), 1)]
+    rows = [row for row in lines if "settings" not in row]
+    if not rows:
+        raise ValueError(f"{path} holds no prediction: run the evaluation again")
+    return rows
+
+
+def save(rows: list[dict], path: Path) -> None:
+    """Write rows to `path`; a file that is there is replaced only when the new one is complete."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    partial.replace(path)
+
+
+class Predictions:
+    """The file of a run, open for more: `done` holds (model, task, length, i, memory) of every answer in it.
+
+    settings is a dict for each model of this run, `model` its name. Raises ValueError if the file is not one
+    of predictions, or holds a model's answers under other settings; again=True starts anew instead."""
+
+    def __init__(self, path: Path, settings: list[dict], again: bool = False):
+        self.rows, self.done, known = [], set(), {}
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() and not again else []
+        whole = [line for line in lines if line.endswith(b"\n")]            # the last may have been cut off
+        for number, line in enumerate(whole, 1):
+            row = parse(path, number, line)
+            if "settings" in row:
+                known.setdefault(row["settings"]["model"], {}).update(row["settings"])
+            else:
+                self.rows.append(row)
+                self.done.add((row["model"], row["task"], row["length"], row["i"], row["memory"]))
+        for new in settings:
+            old = known.get(new["model"], new)
+            for key in old.keys() & new.keys():
+                if old[key] != new[key]:
+                    raise ValueError(f"{path} has answers of {new['model']} with {key} {old[key]}, not "
+                                     f"{new[key]}: give another --out, or --again to replace them")
+            if new["model"] not in known and any(row["model"] == new["model"] for row in self.rows):
+                raise ValueError(f"{path} has answers of {new['model']} without their settings: give another "
+                                 "--out, or --again to replace them")
+        if sum(map(len, whole)) < sum(map(len, lines)) or again:
+            path.write_bytes(b"".join(whole))
+        self.file = open(path, "a", encoding="utf-8")
+        self.add([], [dict(settings=s) for s in settings if s.keys() - known.get(s["model"], {}).keys()])
+
+    def add(self, rows: list[dict], settings: list[dict] | None = None) -> None:
+        """Keep rows, and write them at once."""
+        self.rows += rows
+        self.file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in (settings or []) + rows))
+        self.file.flush()

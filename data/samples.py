@@ -1,0 +1,45 @@
+"""Where the evaluation's questions come from: generated documents, or the files of the published benchmark.
+
+    samples = generated(Builder(tokenizer, "val"), seed=0)
+    document = samples("qa1", 4000, 17)         # the same one every time, whatever else is asked
+
+Writes nothing.
+"""
+import random
+from typing import Callable, Iterable
+
+from data.babilong import Builder
+from data.document import Document, from_text, length_name
+from data.published import read_samples
+from data.tokenizer import Tokenizer
+
+Samples = Callable[[str, int, int], Document]   # (task, length, i) -> sample i of that cell, always the same
+
+
+def generated(builder: Builder, seed: int) -> Samples:
+    """Samples that depend on seed, task, length and i alone, so that models answer the same questions."""
+    return lambda task, length, i: builder.sample(task, length, random.Random(f"{seed} {task} {length} {i}"))
+
+
+class Downloaded:
+    """The samples of the published files; of one cell at a time, as they are large."""
+
+    def __init__(self, folder: str, tokenizer: Tokenizer):
+        self.folder, self.tokenizer, self.cell, self.kept = folder, tokenizer, None, []
+
+    def rows(self, task: str, length: int) -> list[dict]:
+        if self.cell != (task, length):
+            self.kept = read_samples(self.folder, task, length_name(length))
+            self.cell = task, length
+        return self.kept
+
+    def __call__(self, task: str, length: int, i: int) -> Document:
+        row = self.rows(task, length)[i]
+        return from_text(self.tokenizer, row["input"], row["question"], row["target"])
+
+
+def check_cells(samples: Samples, tasks: Iterable[str], lengths: Iterable[int]) -> None:
+    """ValueError, before any time is spent, for an unknown task or a length too short for its facts."""
+    for task in tasks:
+        for length in lengths:
+            samples(task, length, 0)
