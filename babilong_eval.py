@@ -15,6 +15,7 @@ help; `other` gives the last segment the bank of another document; `rag` reads n
 sentences of it that BM25 finds closest to the question.
 """
 import hashlib
+import math
 import time
 from pathlib import Path
 from typing import Iterable, Iterator
@@ -29,7 +30,7 @@ from data.checkpoint import load_checkpoint
 from data.cli import Parser, one_line, save_json
 from data.device import keep_freed_memory, peak_memory, pick_device
 from data.document import Document, length_name, parse_length
-from data.metrics import cells, compare, official_score, table  # noqa: F401  official_score: for others
+from data.metrics import cells, compare, official_score, report_cost, table  # noqa: F401  for importers
 from data.predictions import MODES, Predictions, load
 from data.published import published_table
 from data.samples import Downloaded, Samples, check_cells, generated
@@ -154,38 +155,20 @@ def evaluate(model: LM2, tokenizer: Tokenizer, samples: Samples, work: Work,
     model.train(training)
 
 
-def forecast(model: LM2, tokenizer: Tokenizer, samples: Samples, work: Work, modes: list[str], rag: int
-             ) -> float:
-    """Seconds that this work will take: of each length up to 64k a few samples are tried, of the tasks in
+def forecast(model: LM2, tokenizer: Tokenizer, samples: Samples, work: Work, modes: list[str], rag: int,
+             most: float = 64_000) -> float:
+    """Seconds that this work will take: of each length up to `most` a few samples are tried, of the tasks in
     turn; beyond, time grows with the length."""
     cost: dict[int, float] = {}             # seconds a sample
-    for length in sorted({length for _, length, _ in work}):
-        near = max([x for x in cost if x >= 64_000], default=None)
-        if near is not None:
-            cost[length] = cost[near] * length / near
-            continue
-        tasks = [task for task, size, n in work if size == length and n > 1] or [work[0][0]]
-        few = 2 * max(1, min(len(tasks), 8_000 // max(length, 500)))
+    for length in sorted({min(length, most) for _, length, _ in work}):
+        have = {task: min(n, 2) for task, size, n in work if min(size, most) == length}
+        few = 2 * max(1, min(len(have), 8_000 // max(length, 500)))
+        which = [(task, i % n) for task, n in have.items() for i in range(2)][:few]
         for _ in range(1 if cost else 2):   # the first call of a process is slow
             start = time.perf_counter()
-            some = [samples(tasks[i // 2 % len(tasks)], length, i % 2) for i in range(few)]
-            ask(model, tokenizer, some, modes, rag)
+            ask(model, tokenizer, [samples(task, length, i) for task, i in which], modes, rag)
             cost[length] = (time.perf_counter() - start) / few
-    return sum(cost[length] * n for _, length, n in work)
-
-
-def report_cost(rows: list[dict]) -> str:
-    """Seconds a sample of each model, length and mode, and the tokens a second that are read."""
-    cost: dict[tuple[str, int], dict[str, list[float]]] = {}
-    for r in rows:
-        cost.setdefault((r["model"], r["length"]), {}).setdefault(r["memory"], []).append(r["seconds"])
-    lines = []
-    for (model, length), modes in cost.items():
-        mean = {mode: sum(s) / len(s) for mode, s in modes.items()}
-        rate = f"; {length / mean['on']:,.0f} tokens/s" if length and mean.get("on") else ""
-        each = ", ".join(f"{mode} {s:.3f}" for mode, s in mean.items())
-        lines.append(f"{model} {length_name(length)}: {each}{rate}")
-    return "\n".join(["seconds a sample", *lines, f"peak resident set {peak_memory() / 2**20:.0f} MiB"])
+    return sum(cost[min(length, most)] * max(1, length / most) * n for _, length, n in work)
 
 
 def read_flags(argv: list[str] | None):
@@ -232,18 +215,24 @@ def read_flags(argv: list[str] | None):
     return args
 
 
+def name_and_path(text: str) -> tuple[str, Path]:
+    """NAME=PATH or PATH, which may hold "=" itself."""
+    name, equals, path = text.partition("=")
+    return (name, Path(path)) if equals and not Path(text).is_file() else ("", Path(text))
+
+
 def read_models(names: list[str], device: torch.device) -> dict[str, tuple[LM2, Tokenizer, dict, str]]:
     """Model, tokenizer, content and fingerprint of each checkpoint by its name: that given, else lm2 or llama
     for one, and its folder for one of several."""
     models = {}
     for text in names:
-        name, _, path = text.rpartition("=")
+        name, path = name_and_path(text)
         model, tokenizer, content = load_checkpoint(path, device)
         kind = "lm2" if model.cfg.n_mem_layer else "llama"
-        name = name or (kind if len(names) == 1 else Path(path).resolve().parent.name)
+        name = name or (kind if len(names) == 1 else path.resolve().parent.name)
         if name in models:
             raise ValueError(f"--ckpt: two models are called {name!r}, give NAME=PATH")
-        digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+        digest = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
         models[name] = model, tokenizer, content, digest
     return models
 
@@ -277,11 +266,16 @@ def run(args) -> None:
     models = read_models(args.ckpt, device)
     model, tokenizer, content, _ = next(iter(models.values()))
     tasks = list(dict.fromkeys(args.tasks or content.get("train", dict(tasks="qa1"))["tasks"].split()))
-    out = Path(args.out or Path(args.ckpt[0].rpartition("=")[2]).with_name("predictions.jsonl"))
+    out = Path(args.out or name_and_path(args.ckpt[0])[1].with_name("predictions.jsonl"))
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out {out} is a folder or in none: name a file in a folder that is there")
-    if out.exists() and any(out.samefile(text.rpartition("=")[2]) for text in args.ckpt):
+    if out.exists() and any(out.samefile(name_and_path(text)[1]) for text in args.ckpt):
         raise ValueError(f"--out {out} is the checkpoint: name another file")
+    columns = [f"{name} {mode}" for name in models for mode in args.modes]
+    if wrong := [name for name in args.compare or () if name not in columns]:
+        raise ValueError(f"--compare: column {wrong[0]!r} is not asked: choose from {columns}")
+    if args.figures and not Path(args.figures).parent.is_dir():
+        raise ValueError(f"--figures {args.figures}: there is no such folder, name one that is there")
     sources, work, settings = {}, [], []
     for name, (model, tokenizer, content, digest) in models.items():
         print(f"{name}: {model.n_params()[0]:,} parameters, segments of {model.cfg.segment_len}, {device}")
@@ -298,6 +292,8 @@ def run(args) -> None:
             work.append((task, length, min(n, have)))
             if have < n:
                 print(f"{task} {length_name(length)}: {have} samples published, not {n}")
+    if "other" in args.modes and min(n for *_, n in work) < 2:
+        raise ValueError("--memory other needs 2 documents a cell, which lend each other a bank: give --n 2")
     predictions = Predictions(out, settings, args.again)
     asked = {(name, task, length, i, mode) for name in models for task, length, n in work for i in range(n)
              for mode in args.modes}
@@ -308,7 +304,8 @@ def run(args) -> None:
         left = [(task, length, sum(any((name, task, length, i, m) not in predictions.done for m in args.modes)
                                    for i in range(n))) for task, length, n in work]
         left = [cell for cell in left if cell[2]]
-        seconds += forecast(model, tokenizer, sources[tokenizer.ranks][0], left, args.modes, args.rag)
+        most = math.inf if args.source == "babilong" else 64_000    # published lengths are those of the files
+        seconds += forecast(model, tokenizer, sources[tokenizer.ranks][0], left, args.modes, args.rag, most)
     print(f"this will take about {seconds / 60:.1f} minutes", flush=True)
     began = time.perf_counter()
     for name, (model, tokenizer, *_) in models.items():
@@ -318,7 +315,8 @@ def run(args) -> None:
     print(f"it took {(time.perf_counter() - began) / 60:.1f} minutes\n")
     rows = [r for r in predictions.rows if (r["model"], r["task"], r["length"], r["i"], r["memory"]) in asked]
     show(rows, args)
-    print("\n" + report_cost(rows), f"answers in {out}", sep="\n")
+    print("\n" + report_cost(rows), f"peak resident set {peak_memory() / 2**20:.0f} MiB", f"answers in {out}",
+          sep="\n")
 
 
 def read_source(args, tokenizer: Tokenizer, longest: int) -> tuple[Samples, str | None]:

@@ -297,10 +297,10 @@ class Trainer:
                     or (c.minutes is not None and self.seconds - before >= 60 * c.minutes))
             if last or self.tokens // c.eval_every > start // c.eval_every:
                 if not last:
-                    cells = self.validate()
-                    self.log(validation=cells)
+                    right = self.validate()
+                    self.log(validation=right)
                     tqdm.write(f"{self.seconds:5.0f} s, {self.tokens / 1e6:4.1f} M tokens: validation "
-                               + ", ".join(f"{cell} {100 * x:.0f} %" for cell, x in cells.items()))
+                               + ", ".join(f"{cell} {100 * x:.0f} %" for cell, x in right.items()))
                 self.save()
             if last:
                 break

@@ -77,6 +77,8 @@ def read_stories(path: str | Path, task: str, part: str = "train") -> list[Story
             raise ValueError(f"{wrong}{missing[0]} is not the number of a statement before the question")
         support = tuple(line_of[int(i)] for i in ids.split())
         questions.append((len(events), Question(text.rstrip(), answer, support)))
+    if not any(story.questions for story in stories):
+        raise ValueError(f"{file}, line {at}: the file ends without a question")
     return [Story(events[:questions[-1][0]], questions) for events, questions in stories if questions]
 
 

@@ -29,7 +29,7 @@ VECTOR = {"north of": (0, 1), "south of": (0, -1), "east of": (1, 0), "west of":
 COMPASS, SIDES = list(VECTOR)[:4], list(VECTOR)[4:]
 OPPOSITE = {side: list(VECTOR)[i ^ 1] for i, side in enumerate(VECTOR)}  # they are listed in pairs
 
-Plan = list[tuple[int, Odds, int]]  # after so many statements, what can be asked, how many questions are
+Plan = list[tuple[int, Odds, int]]  # after how many statements, what can be asked, how often
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def one_line(prog: str):
 
 
 def save_json(value, path: str | Path) -> None:
-    """Write a value as JSON, one line for each item of its lists; an older file stays until it is complete."""
+    """Write a value as JSON, one line for each item of its lists; an older file stays until it is whole."""
     path = Path(path)
     partial = path.with_name(path.name + ".tmp")
     text = json.dumps(value, ensure_ascii=False).replace("}, {", "},\n {")

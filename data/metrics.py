@@ -105,8 +105,9 @@ def percent(hits: float, n: int) -> str:
     if not n:
         return "-"
     low, high = wilson(hits, n)
-    value = f"{100 * hits / n:.1f}" if hits < n else "100"
-    return f"{value} [{100 * low:.0f},{100 * high:.0f}]"
+    if hits >= n:
+        return f"100 [{100 * low:.0f},100]"
+    return f"{min(99.9, 100 * hits / n):.1f} [{min(99, round(100 * low))},{100 * high:.0f}]"
 
 
 GROUPS = {"qa1-5": [f"qa{i}" for i in range(1, 6)], "qa1-10": [f"qa{i}" for i in range(1, 11)]}
@@ -152,7 +153,7 @@ def line(group: str, length: int, found: list[list[dict]], members: int, n_key: 
     whole = [f for f in found if len(f) == members]
     n = min(sum(c[n_key] for c in f) for f in whole)
     base = f"{100 * share(whole[0], n_key, floor_key):5.1f}" if floor_key else f"{'':>5}"
-    out = f"{group:>6} {length_name(length):>6} {n:4} {base}"
+    out = f"{group:>6} {length_name(length):>6} {n if n < 10_000 else f'{n // 1000}k':>4} {base}"
     for f in found:
         total = sum(c[n_key] for c in f)
         out += f" {percent(share(f, n_key, hits_key) * total, total) if len(f) == members else '-':>13}"
@@ -200,3 +201,17 @@ def compare(rows: list[dict], a: str, b: str, metric: str = "exact") -> str:
     lines.append("p: McNemar's exact test, two-sided, on the same questions; not corrected for the")
     lines.append("number of lines.")
     return "\n".join(lines)
+
+
+def report_cost(rows: list[dict]) -> str:
+    """Seconds a sample of each model, length and mode, and the tokens a second that are read."""
+    took: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for r in rows:
+        took.setdefault((r["model"], r["length"]), {}).setdefault(r["memory"], []).append(r["seconds"])
+    lines = []
+    for (model, length), modes in took.items():
+        mean = {mode: sum(s) / len(s) for mode, s in modes.items()}
+        rate = f"; {length / mean['on']:,.0f} tokens/s" if length and mean.get("on") else ""
+        each = ", ".join(f"{mode} {s:.3f}" for mode, s in mean.items())
+        lines.append(f"{model} {length_name(length)}: {each}{rate}")
+    return "\n".join(["seconds a sample", *lines])

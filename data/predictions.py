@@ -10,7 +10,10 @@ from pathlib import Path
 
 from data.metrics import LABELS
 
-KINDS = dict(task=str, length=int, memory=str, question=str, target=str, output=str)
+KINDS = dict(model=str, task=str, length=int, i=int, memory=str, question=str, target=str, output=str,
+             outside=bool | None, found=bool | None, seconds=int | float)
+DEFAULTS = dict(model="lm2", found=None, seconds=0.0)   # what older files lack
+BEGINNING = b'{"settings": {"model": '
 MODES = ("on", "off", "other", "rag")
 
 
@@ -20,10 +23,11 @@ def parse(path: Path, number: int, line: bytes) -> dict:
         row = json.loads(line.decode("utf-8"))
         if isinstance(row.get("settings"), dict) and isinstance(row["settings"].get("model"), str):
             return row
+        row = DEFAULTS | row
         if (not all(isinstance(row[key], kind) for key, kind in KINDS.items()) or row["task"] not in LABELS
-                or row["memory"] not in MODES or not isinstance(row["outside"], bool | None)):
+                or row["memory"] not in MODES):
             raise ValueError
-        return dict(model="lm2") | row
+        return row
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{path} line {number} is no prediction: give another file, or run the evaluation "
                          "again") from None
@@ -56,8 +60,12 @@ class Predictions:
 
     def __init__(self, path: Path, settings: list[dict], again: bool = False):
         self.rows, self.done, known = [], set(), {}
-        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() and not again else []
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         whole = [line for line in lines if line.endswith(b"\n")]            # the last may have been cut off
+        if lines and not whole and not lines[0].startswith(BEGINNING[:len(lines[0])]):
+            parse(path, 1, b"")                                             # somebody else's: refused
+        if again:
+            lines, whole = lines and [parse(path, 1, whole[0]) if whole else lines[0]], []
         for number, line in enumerate(whole, 1):
             row = parse(path, number, line)
             if "settings" in row:
@@ -66,16 +74,19 @@ class Predictions:
                 self.rows.append(row)
                 self.done.add((row["model"], row["task"], row["length"], row["i"], row["memory"]))
         for new in settings:
-            old = known.get(new["model"], new)
-            for key in old.keys() & new.keys():
-                if old[key] != new[key]:
-                    raise ValueError(f"{path} has answers of {new['model']} with {key} {old[key]}, not "
-                                     f"{new[key]}: give another --out, or --again to replace them")
+            for old in known.values():      # of another model all but its checkpoint has to be the same
+                own = {"model", "checkpoint"} if old["model"] != new["model"] else set()
+                for key in sorted((old.keys() & new.keys()) - own):
+                    if old[key] != new[key]:
+                        raise ValueError(f"{path} has answers of {old['model']} with {key} {old[key]}, not "
+                                         f"{new[key]}: give another --out, or --again to replace them")
             if new["model"] not in known and any(row["model"] == new["model"] for row in self.rows):
                 raise ValueError(f"{path} has answers of {new['model']} without their settings: give another "
                                  "--out, or --again to replace them")
-        if sum(map(len, whole)) < sum(map(len, lines)) or again:
-            path.write_bytes(b"".join(whole))
+        if len(whole) < len(lines):
+            partial = path.with_name(path.name + ".tmp")
+            partial.write_bytes(b"".join(whole))
+            partial.replace(path)
         self.file = open(path, "a", encoding="utf-8")
         self.add([], [dict(settings=s) for s in settings if s.keys() - known.get(s["model"], {}).keys()])
 

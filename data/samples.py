@@ -8,6 +8,7 @@ Writes nothing.
 import random
 from typing import Callable, Iterable
 
+from data.babi import TASKS
 from data.babilong import Builder
 from data.document import Document, from_text, length_name
 from data.published import read_samples
@@ -41,5 +42,7 @@ class Downloaded:
 def check_cells(samples: Samples, tasks: Iterable[str], lengths: Iterable[int]) -> None:
     """ValueError, before any time is spent, for an unknown task or a length too short for its facts."""
     for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"task {task!r} is unknown: choose from {' '.join(TASKS)}")
         for length in lengths:
             samples(task, length, 0)

@@ -506,6 +506,25 @@ def test_qa17_names_the_middle_shape_first_two_times_in_three():
     assert abs(sum(first) / len(first) - 2 / 3) < 0.04  # 4.4 standard deviations
 
 
+def test_qa18_asks_about_a_repeated_sentence_as_often_as_it_is_repeated():
+    asked = expected = 0
+    for story in stories("qa18"):
+        for i, line in enumerate(story):
+            if line.answer:
+                facts = facts_before(story, i)
+                times = [[f.text for f in facts].count(story[ids[0] - 1].text) for _, _, ids in qa18(facts)]
+                expected += sum(n for n in times if n > 1) / sum(times)
+                asked += [f.text for f in facts].count(story[line.ids[0] - 1].text) > 1
+    assert abs(asked / expected - 1) < 0.08, (asked, expected)
+
+
+def test_qa19_names_either_room_first():
+    rows = [(match(COMPASS, [story[line.ids[0] - 1]])[0][1][0], line.text)
+            for story in stories("qa19") for line in story[5:]]
+    first = sum(f"from the {room} " in text for room, text in rows)
+    assert abs(first / len(rows) - 0.5) < 0.025  # 5 standard deviations
+
+
 # Lessons.
 
 
@@ -594,6 +613,7 @@ def test_what_follows_the_last_question_of_a_story_is_left_out(tmp_path):
 
 @pytest.mark.parametrize("data, line, words", [
     (b"", 1, "empty"),
+    (b"1 Mary went to the garden.\n2 John went to the office.\n", 2, "without a question"),
     (GOOD + b"1 Mary went to the caf\xe9.\n", 4, "UTF-8"),
     (b"Mary went to the office.\n" + GOOD, 1, "'Mary went to the office.' is not a number"),
     (GOOD + b"\n" + GOOD, 4, "'' is not a number"),

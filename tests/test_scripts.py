@@ -20,18 +20,17 @@ from pathlib import Path
 import pytest
 import torch
 
+import babilong_eval
+import sample
+import train
+from data import babi, babilong, predictions
+from data.checkpoint import load_checkpoint, save_checkpoint
+from data.metrics import cells, table
+from data.tokenizer import load
+from lm2 import LM2, LM2Config
+from test_babilong import asked_in, book
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
-
-import babilong_eval  # noqa: E402
-import sample  # noqa: E402
-import train  # noqa: E402
-from data import babi, babilong  # noqa: E402
-from data.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
-from data.tokenizer import Tokenizer, load  # noqa: E402
-from lm2 import LM2, LM2Config  # noqa: E402
-from test_babilong import book  # noqa: E402
-
 torch.set_num_threads(1)
 
 SIZES = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=16, ffn_dim=32, n_slot=4, n_mem_head=2)
@@ -143,9 +142,9 @@ def test_training_prints_configuration_parameters_device_and_threads_before_the_
 
 
 def test_training_ends_with_the_table_of_its_predictions(trained):
-    rows = babilong_eval.load_predictions(trained[0] / "table.jsonl")
+    rows = predictions.load(trained[0] / "table.jsonl")
     assert len(rows) == 2 * 3 * 2
-    assert trained[1].rstrip().endswith(babilong_eval.table(rows).rstrip())
+    assert trained[1].rstrip().endswith(table(cells(rows)).rstrip())
 
 
 def test_every_line_of_the_metrics_is_json_with_the_step_and_the_tokens_so_far(trained):
@@ -254,6 +253,23 @@ def test_the_seed_decides_weights_and_data_and_validation_decides_nothing(fit, s
     fit(tmp_path, *SHORT, *flags)
     for part in ("model", "rng"):
         assert same_tensors(content(short, part), content(tmp_path, part)) is same
+
+
+def test_original_stories_are_trained_on_and_their_test_file_is_evaluated(fit, tmp_path, monkeypatch):
+    task, made = babi.TASKS["qa1"], {}
+    for seed, part in enumerate(("train", "test")):
+        made[part] = [task.story(random.Random(seed)) for _ in range(6)]
+        text = "".join(babi.format_story(story, task) for story in made[part])
+        (tmp_path / f"qa1_{task.stem}_{part}.txt").write_text(text, encoding="utf-8")
+    lessons, real = [], babilong.Builder.lesson
+    monkeypatch.setattr(babilong.Builder, "lesson", lambda *a: lessons.append(real(*a)) or lessons[-1])
+    fit(tmp_path / "run", *SHORT, "--stories", str(tmp_path))
+    assert len(lessons) > 10
+    assert {(tuple(doc.texts), *doc.questions) for doc in lessons} <= asked_in(made["train"])
+    asked = {(q.text, q.answer) for _, q in asked_in(made["test"])}
+    table_rows = predictions.load(tmp_path / "run" / "table.jsonl")
+    assert {(r["question"], r["target"]) for r in table_rows} <= asked
+    assert content(tmp_path / "run", "train")["train"]["stories"] == str(tmp_path)
 
 
 def test_training_and_validation_use_their_own_parts_of_the_data(folder, tmp_path):
@@ -568,6 +584,7 @@ def test_a_temperature_gives_the_same_words_for_the_same_seed_and_others_for_ano
     (["--stages", "2:1:9:9"], "2:1:9:9"), (["--stages", ""], "--stages"), (["--table_lengths", "4x"], "4x"),
     (["--device", "gpu7"], "gpu7"), (["--threads", "-1"], "-1"), (["--resume", "--n_embd", "32"], "--n_embd"),
     (["--resume", "--tokens", "99"], "--tokens"), (["--clip", "-1"], "clip -1"), (["--lr", "-1"], "-1"),
+    (["--stories", "no/babi"], "no/babi"),
     (["--lr", "nan"], "nan"),
 ])
 def test_train_names_a_flag_that_cannot_be(capsys, tmp_path, folder, flags, named):
@@ -597,7 +614,7 @@ def test_babilong_eval_names_a_flag_that_cannot_be(capsys, wild, folder, tmp_pat
     monkeypatch.chdir(tmp_path)
     base = ["--ckpt", wild, "--background", folder, "--n", "1"]
     assert named in refused(capsys, babilong_eval.main, *base, *flags)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir()) and [p.name for p in wild.parent.iterdir()] == ["ckpt.pt"]
 
 
 def test_babilong_eval_names_a_wrong_cell_before_the_first_answer(capsys, wild, folder, monkeypatch):
@@ -815,7 +832,8 @@ def understood(command, monkeypatch):
         raise Parsed
     with monkeypatch.context() as patch, pytest.raises(Parsed):
         patch.setattr("argparse.ArgumentParser.parse_args", stop)
-        module.main(argv)
+        patch.setattr(sys, "argv", [name, *argv])
+        module.main()
     if name == "train":
         c, sizes, _, _ = train.read_flags(argv)
         assert [train.Stage.parse(s, LM2Config(**sizes).segment_len) for s in c.stages.split()]
@@ -842,8 +860,9 @@ def test_every_file_and_test_that_the_readme_names_is_there(readme):
     assert [name for name in re.findall(r"`(test_\w+)`", readme) if f"def {name}(" not in tests] == []
 
 
-@pytest.mark.parametrize("file", ["lm2", "train", "sample", "babilong_eval", "data/babi", "data/babilong",
-                                  "data/background", "data/tokenizer"])
+@pytest.mark.parametrize("file", ["lm2", "train", "sample", "babilong_eval", "data/babi", "data/babi_world",
+                                  "data/babi_puzzles", "data/babilong", "data/background", "data/download",
+                                  "data/pictures", "data/published", "data/tokenizer"])
 def test_every_command_at_the_head_of_a_script_has_flags_that_it_knows(file, monkeypatch):
     doc = importlib.import_module(file.replace("/", ".")).__doc__
     shown = "\n".join(line for line in doc.splitlines() if line.startswith("    ") and "python " in line)
