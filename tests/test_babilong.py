@@ -675,7 +675,8 @@ def test_a_published_sample_is_cut_into_sentences_and_has_the_tokens_of_its_text
     whole = ' Mary went to the kitchen. Then it rained! Mr. Smith said: "No." John moved to the garden.'
     assert doc.prompt().tolist() == tok.encode(whole + " Where is Mary?")
     assert [tok.decode(doc.ids[a:b]) for a, b in zip(doc.cuts, doc.cuts[1:])] == [
-        " Mary went to the kitchen.", " Then it rained!", ' Mr. Smith said: "No."', " John moved to the garden."]
+        " Mary went to the kitchen.", " Then it rained!", ' Mr. Smith said: "No."',
+        " John moved to the garden."]
     assert doc.ids[doc.answers[0][0]:].tolist() == [*tok.encode(" kitchen"), tok.eot]
     assert doc.questions[0].text == "Where is Mary?" and doc.questions[0].answer == "kitchen"
 
@@ -789,5 +790,6 @@ def test_a_sample_is_printed_with_its_answer_its_support_and_its_length(tok, fol
     assert " " + text == tok.decode(doc.prompt()) and answer == f"answer: {doc.questions[0].answer}"
     support = " ".join(doc.texts[i] for i in doc.questions[0].support)
     assert needed == f"{len(doc.texts)} facts, needed: {support}"
-    assert numbers.startswith(f"{doc.context_len} tokens, {len(text) / len(doc.prompt()):.2f} characters a token")
+    each = len(text) / len(doc.prompt())
+    assert numbers.startswith(f"{doc.context_len} tokens, {each:.2f} characters a token")
     assert f"{builder.chars_per_token:.2f} in all" in numbers
