@@ -156,14 +156,15 @@ def evaluate(model: LM2, tokenizer: Tokenizer, samples: Samples, work: Work,
 
 
 def forecast(model: LM2, tokenizer: Tokenizer, samples: Samples, work: Work, modes: list[str], rag: int,
-             most: float = 64_000) -> float:
-    """Seconds that this work will take: of each length up to `most` a few samples are tried, of the tasks in
-    turn; beyond, time grows with the length."""
+             max_tokens: int = 200_000, most: float = 64_000) -> float:
+    """Seconds that this work will take: of each length up to `most` a batch is tried, from all tasks in turn
+    and a twentieth of the samples at the most; beyond, time grows with the length."""
     cost: dict[int, float] = {}             # seconds a sample
     for length in sorted({min(length, most) for _, length, _ in work}):
-        have = {task: min(n, 2) for task, size, n in work if min(size, most) == length}
-        few = 2 * max(1, min(len(have), 8_000 // max(length, 500)))
-        which = [(task, i % n) for task, n in have.items() for i in range(2)][:few]
+        counts = [(task, n) for task, size, n in work if min(size, most) == length]
+        have = [(task, i) for i in range(max(n for _, n in counts)) for task, n in counts if i < n]
+        few = max(2, min(len(have) // 20, max_tokens // max(length, 3000)))
+        which = (have * 2)[:few]
         for _ in range(1 if cost else 2):   # the first call of a process is slow
             start = time.perf_counter()
             ask(model, tokenizer, [samples(task, length, i) for task, i in which], modes, rag)
@@ -305,7 +306,8 @@ def run(args) -> None:
                                    for i in range(n))) for task, length, n in work]
         left = [cell for cell in left if cell[2]]
         most = math.inf if args.source == "babilong" else 64_000    # published lengths are those of the files
-        seconds += forecast(model, tokenizer, sources[tokenizer.ranks][0], left, args.modes, args.rag, most)
+        seconds += forecast(model, tokenizer, sources[tokenizer.ranks][0], left, args.modes, args.rag,
+                            args.max_tokens, most)
     print(f"this will take about {seconds / 60:.1f} minutes", flush=True)
     began = time.perf_counter()
     for name, (model, tokenizer, *_) in models.items():

@@ -235,7 +235,7 @@ def test_sentence_by_sentence_gives_the_ids_of_the_whole_passage(tok, documents)
     rng = random.Random(2)
     for _ in range(200):
         sentences = rng.sample(flat(documents), 10)
-        sentences += [event.text for event in babi.story(babi.TASKS["qa2"], rng).events]
+        sentences += [event.text for event in babi.TASKS["qa2"].story(rng).events]
         rng.shuffle(sentences)
         pieces = [i for n, s in enumerate(sentences) for i in tok.encode(" " * (n > 0) + s)]
         assert pieces == tok.encode(" ".join(sentences))
@@ -251,7 +251,7 @@ def test_every_word_of_the_stories_is_one_token_after_a_space_and_alone(tok):
     rng, words = random.Random(5), set()
     for task in babi.TASKS.values():
         for _ in range(60):
-            made = babi.story(task, rng)
+            made = task.story(rng)
             for text in [e.text for e in made.events] + [f"{q.text} {q.answer}" for _, q in made.questions]:
                 words |= set(re.findall(r"[A-Za-z]+", text))
     assert {"Mary", "John", "Sandra", "Daniel", "kitchen", "football", "discarded", "Where"} <= words
