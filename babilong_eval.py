@@ -26,10 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.babilong import COUNTS, Builder
-from data.checkpoint import load_checkpoint
+from data.checkpoint import name_and_path, read_models
 from data.cli import Parser, one_line, save_json
 from data.device import keep_freed_memory, peak_memory, pick_device
-from data.document import Document, length_name, parse_length
+from data.document import Document, length_name, read_lengths
 from data.metrics import cells, compare, official_score, report_cost, table  # noqa: F401  for importers
 from data.predictions import MODES, Predictions, load
 from data.published import published_table
@@ -216,37 +216,13 @@ def read_flags(argv: list[str] | None):
     return args
 
 
-def name_and_path(text: str) -> tuple[str, Path]:
-    """NAME=PATH or PATH, which may hold "=" itself."""
-    name, equals, path = text.partition("=")
-    return (name, Path(path)) if equals and not Path(text).is_file() else ("", Path(text))
-
-
-def read_models(names: list[str], device: torch.device) -> dict[str, tuple[LM2, Tokenizer, dict, str]]:
-    """Model, tokenizer, content and fingerprint of each checkpoint by its name: that given, else lm2 or llama
-    for one, and its folder for one of several."""
-    models = {}
-    for text in names:
-        name, path = name_and_path(text)
-        model, tokenizer, content = load_checkpoint(path, device)
-        kind = "lm2" if model.cfg.n_mem_layer else "llama"
-        name = name or (kind if len(names) == 1 else path.resolve().parent.name)
-        if name in models:
-            raise ValueError(f"--ckpt: two models are called {name!r}, give NAME=PATH")
-        digest = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
-        models[name] = model, tokenizer, content, digest
-    return models
-
-
-def read_lengths(texts: list[str], n: int) -> dict[int, int]:
-    """{tokens: samples} of lengths such as 4k and 64k:25."""
-    counts = {}
-    for text in texts:
-        length, colon, own = text.partition(":")
-        if colon and not (own.isdecimal() and int(own)):
-            raise ValueError(f"--lengths {text!r}: samples stand behind the colon, such as 64k:25")
-        counts[parse_length(length)] = int(own or n)
-    return counts
+def check_figures(args, out: str | Path) -> None:
+    """ValueError, before any work, for --figures that would replace answers or a checkpoint."""
+    if args.figures is None:
+        return
+    path, taken = Path(args.figures), [out, *(name_and_path(text)[1] for text in args.ckpt)]
+    if path.is_dir() or not path.parent.is_dir() or path.resolve() in [Path(x).resolve() for x in taken]:
+        raise ValueError(f"--figures {path}: name a new file in a folder that is there")
 
 
 def show(rows: list[dict], args) -> None:
@@ -275,18 +251,21 @@ def run(args) -> None:
     columns = [f"{name} {mode}" for name in models for mode in args.modes]
     if wrong := [name for name in args.compare or () if name not in columns]:
         raise ValueError(f"--compare: column {wrong[0]!r} is not asked: choose from {columns}")
-    if args.figures and not Path(args.figures).parent.is_dir():
-        raise ValueError(f"--figures {args.figures}: there is no such folder, name one that is there")
+    if args.path and Path(args.path).is_file() and len(tasks) * (args.source == "babi" or len(counts)) > 1:
+        raise ValueError(f"--path {args.path} is one file: give a folder for several tasks or lengths")
+    check_figures(args, out)
     sources, work, settings = {}, [], []
     for name, (model, tokenizer, content, digest) in models.items():
         print(f"{name}: {model.n_params()[0]:,} parameters, segments of {model.cfg.segment_len}, {device}")
         if tokenizer.ranks not in sources:      # models of one tokenizer share their samples
             sources[tokenizer.ranks] = read_source(args, tokenizer, max(counts))
         samples, text = sources[tokenizer.ranks]
-        check_cells(samples, tasks, counts)
-        settings.append(dict(model=name, checkpoint=digest, source=args.source, path=args.path,
-                             seed=args.seed, count=args.count, background=text)
-                        | (dict(rag=args.rag) if args.rag else {}))
+        prints = check_cells(samples, tasks, counts)
+        settings.append(dict(model=name, checkpoint=digest, source=args.source, **prints)
+                        | (dict(rag=args.rag) if args.rag else {})
+                        | (dict(seed=args.seed, count=args.count, background=text) if text else {}))
+    if len(sources) > 1 and args.count == "own":
+        print("lengths are in each model's own tokens, so the texts differ: --count chars makes them equal")
     for task in tasks:
         for length, n in counts.items():
             have = len(samples.rows(task, length)) if args.source == "babilong" else n
@@ -327,6 +306,8 @@ def read_source(args, tokenizer: Tokenizer, longest: int) -> tuple[Samples, str 
         return Downloaded(args.path, tokenizer), None
     builder = Builder(tokenizer, "val", args.background, None, args.path, args.count)
     print(f"background of {len(builder.prose):,} tokens, {builder.chars_per_token:.2f} characters each")
+    if args.source == "babi":
+        print("questions of the files are drawn at random, with replacement")
     if longest > builder.sizes[-1]:
         print(f"a sample of {length_name(longest)} goes round it {longest / builder.sizes[-1]:.1f} times")
     text = hashlib.blake2b("".join(builder.sentences).encode(), digest_size=8).hexdigest()
@@ -338,6 +319,7 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     with one_line("babilong_eval.py"):
         if args.from_predictions:
+            check_figures(args, args.from_predictions)
             show(load(args.from_predictions), args)
         else:
             run(args)

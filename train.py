@@ -59,7 +59,7 @@ class TrainConfig:
     beta2: float = 0.98                 # AdamW; beta1 is 0.9
     clip: float = 1.0                   # longest gradient, norm over all parameters
     seed: int = 0                       # of the initial weights and of the data
-    stories: str | None = None          # file or folder of original bAbI files; None: generated stories
+    stories: str | None = None          # folder of original bAbI files; None: generated stories
     background: str | None = None       # folder of .txt files to hide facts in; None: Python's documentation
     device: str = "auto"                # auto, cpu or cuda
     threads: int = 0                    # CPU threads; 0 leaves PyTorch's choice
@@ -87,6 +87,8 @@ class TrainConfig:
             raise ValueError(f"--preset {self.preset!r} is unknown: choose from {', '.join(PRESETS)}")
         if self.schedule not in ("trapezoid", "cosine"):
             raise ValueError(f"--schedule {self.schedule!r} is unknown: choose trapezoid or cosine")
+        if self.stories and not Path(self.stories).is_dir():  # one file would be both train and val
+            raise ValueError(f"--stories {self.stories} is no folder: name one with _train and _test files")
         for task in self.tasks.split() or [""]:
             if task not in TASKS:
                 raise ValueError(f"--tasks {task!r} is unknown: choose from {' '.join(TASKS)}")
@@ -281,10 +283,8 @@ class Trainer:
             cell.append(exact_match(r["target"], r["output"]))
         return {cell: round(sum(h) / len(h), 4) for cell, h in hits.items()}
 
-    def evaluate(self, lengths: list[int], n: int, seed: int, modes: tuple[str, ...], show: bool = False
-                 ) -> list[dict]:
-        work = [(task, length, n) for task in self.tasks for length in lengths]
-        samples = generated(self.val_set, seed)
+    def evaluate(self, lengths: list[int], n: int, seed: int, modes: tuple, show: bool = False) -> list[dict]:
+        samples, work = generated(self.val_set, seed), [(t, x, n) for t in self.tasks for x in lengths]
         return sum(evaluate(self.model, self.tokenizer, samples, work, modes, show=show), [])
 
     def run(self) -> None:

@@ -4,6 +4,7 @@
 
 Tensors and plain values only, so that loading one runs no code. Writes where it is told, all or nothing.
 """
+import hashlib
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -58,3 +59,25 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
         raise ValueError(f"{path}: a tokenizer of {tokenizer.n_vocab} tokens, "
                          f"a model of {model.cfg.vocab_size}")
     return model, tokenizer, content
+
+
+def name_and_path(text: str) -> tuple[str, Path]:
+    """NAME=PATH or PATH, which may hold "=" itself."""
+    name, equals, path = text.partition("=")
+    return (name, Path(path)) if equals and not Path(text).is_file() else ("", Path(text))
+
+
+def read_models(names: list[str], device: torch.device) -> dict[str, tuple[LM2, Tokenizer, dict, str]]:
+    """Model, tokenizer, content and fingerprint of each checkpoint by its name: that given, else lm2 or llama
+    for one, and its folder for one of several."""
+    models = {}
+    for text in names:
+        name, path = name_and_path(text)
+        model, tokenizer, content = load_checkpoint(path, device)
+        kind = "lm2" if model.cfg.n_mem_layer else "llama"
+        name = name or (kind if len(names) == 1 else path.resolve().parent.name)
+        if name in models:
+            raise ValueError(f"--ckpt: two models are called {name!r}, give NAME=PATH")
+        digest = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+        models[name] = model, tokenizer, content, digest
+    return models

@@ -33,6 +33,17 @@ def length_name(length: int) -> str:
     return f"{length // 1000}k" if length % 1000 == 0 else str(length)
 
 
+def read_lengths(texts: list[str], n: int) -> dict[int, int]:
+    """{tokens: samples} of lengths such as 4k and 64k:25."""
+    counts = {}
+    for text in texts:
+        length, colon, own = text.partition(":")
+        if colon and not (own.isdecimal() and int(own)):
+            raise ValueError(f"--lengths {text!r}: samples stand behind the colon, such as 64k:25")
+        counts[parse_length(length)] = int(own or n)
+    return counts
+
+
 class Document(NamedTuple):
     """Token ids of a document with what is to be answered in it."""
     ids: np.ndarray                     # (T,) int64: context, (question, answer, end of text) once or more

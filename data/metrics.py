@@ -70,8 +70,11 @@ def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
 def mcnemar(only_a: int, only_b: int) -> float:
     """McNemar's exact test, two-sided: how likely is so uneven a split, if either of two models is as likely
     to be the one that is right where they differ?"""
-    n, least = only_a + only_b, min(only_a, only_b)
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2 ** n)
+    n, ways, total = only_a + only_b, 1, 0
+    for k in range(min(only_a, only_b) + 1):
+        total += ways                           # n over k
+        ways = ways * (n - k) // (k + 1)
+    return min(1.0, 2 * total / 2 ** n)
 
 
 def column(row: dict) -> str:
@@ -122,7 +125,8 @@ BLOCKS = {  # title, and the fields of a cell: samples, right answers, floor
 def block(figures: list[dict], name: str, across: int = 4) -> list[str]:
     """Lines of one table, task and length down, up to `across` columns a part; then the means over tasks.
 
-    A mean's interval is Wilson's on its samples taken together."""
+    Columns with other numbers of samples have lines of their own. A mean's interval is Wilson's, for as many
+    samples as would give one share the variance of the mean."""
     title, n_key, hits_key, floor_key = BLOCKS[name]
     figures = [c for c in figures if c.get(n_key)]
     columns = list(dict.fromkeys(map(column, figures)))
@@ -136,27 +140,29 @@ def block(figures: list[dict], name: str, across: int = 4) -> list[str]:
         for group, members in ({t: [t] for t in tasks} | GROUPS).items():
             for length in sorted({c["length"] for c in figures}):
                 found = [[by[c, t, length] for t in members if (c, t, length) in by] for c in part]
-                if any(len(f) == len(members) for f in found):
-                    lines.append(line(group, length, found, len(members), n_key, hits_key, floor_key))
+                sizes = [tuple(c[n_key] for c in f) if len(f) == len(members) else None for f in found]
+                for size in dict.fromkeys(filter(None, sizes)):
+                    alike = [f if s == size else [] for f, s in zip(found, sizes)]
+                    lines.append(line(group, length, alike, n_key, hits_key, floor_key))
     return lines
 
 
 def short(name: str) -> str:
-    """A column's name in 13 characters: the model's is cut, the mode is kept."""
+    """A column's name in 13 characters: the end of the model's, and the mode."""
     model, _, mode = name.rpartition(" ")
-    return f"{model[:12 - len(mode)]} {mode}"
+    return f"{model[len(mode) - 12:]} {mode}"
 
 
-def line(group: str, length: int, found: list[list[dict]], members: int, n_key: str, hits_key: str,
+def line(group: str, length: int, found: list[list[dict]], n_key: str, hits_key: str,
          floor_key: str | None) -> str:
-    """One line of a table: for each column the mean of its cells' shares, if it has all of them."""
-    whole = [f for f in found if len(f) == members]
-    n = min(sum(c[n_key] for c in f) for f in whole)
-    base = f"{100 * share(whole[0], n_key, floor_key):5.1f}" if floor_key else f"{'':>5}"
-    out = f"{group:>6} {length_name(length):>6} {n if n < 10_000 else f'{n // 1000}k':>4} {base}"
+    """One line of a table: for each column the mean of its cells' shares, "-" for one without cells."""
+    base = next(filter(None, found))
+    n = sum(c[n_key] for c in base)
+    out = (f"{group:>6} {length_name(length):>6} {n if n < 10_000 else f'{n // 1000}k':>4} "
+           + (f"{100 * share(base, n_key, floor_key):5.1f}" if floor_key else f"{'':>5}"))
+    alike = len(base) ** 2 / sum(1 / c[n_key] for c in base)    # samples that would make as sure of one share
     for f in found:
-        total = sum(c[n_key] for c in f)
-        out += f" {percent(share(f, n_key, hits_key) * total, total) if len(f) == members else '-':>13}"
+        out += f" {percent(share(f, n_key, hits_key) * alike, alike) if f else '-':>13}"
     return out
 
 
@@ -179,15 +185,18 @@ def table(figures: list[dict], metrics: Iterable[str] = ("exact", "official")) -
 
 
 def compare(rows: list[dict], a: str, b: str, metric: str = "exact") -> str:
-    """McNemar's test between two columns, "lm2 on" and "lm2 off", on the samples that both answered.
-    Raises ValueError for a column that is not there."""
+    """McNemar's test between two columns, "lm2 on" and "lm2 off", on the questions that both answered: those
+    of the same text and target. Raises ValueError for a column that is not there, or if there are none."""
     right: dict[str, dict[tuple, bool]] = {}
     for r in rows:
-        right.setdefault(column(r), {})[r["task"], r["length"], r["i"]] = score(metric, r)
+        right.setdefault(column(r), {})[
+            r["task"], r["length"], r["i"], r["question"], r["target"]] = score(metric, r)
     for name in (a, b):
         if name not in right:
             raise ValueError(f"column {name!r} is not there: choose from {', '.join(map(repr, right))}")
     both = [key for key in right[a] if key in right[b]]
+    if not both:
+        raise ValueError(f"{a!r} and {b!r} have answered no question in common: ask both the same samples")
     cell_names = list(dict.fromkeys(key[:2] for key in both))
     lines = [f"{metric}: A = {a}, B = {b}",
              f"{'task':>6} {'length':>6} {'n':>5} {'A %':>6} {'B %':>6} {'only A':>7} {'only B':>7} {'p':>8}"]
@@ -200,6 +209,8 @@ def compare(rows: list[dict], a: str, b: str, metric: str = "exact") -> str:
                      f"{only_a:7} {only_b:7} {'< .0001' if p < 1e-4 else f'{p:.4f}':>8}")
     lines.append("p: McNemar's exact test, two-sided, on the same questions; not corrected for the")
     lines.append("number of lines.")
+    if apart := len(right[a].keys() ^ right[b].keys()):
+        lines.append(f"{apart:,} answers have no partner to the same question and are left out.")
     return "\n".join(lines)
 
 

@@ -95,13 +95,13 @@ def label(name: str) -> str:
 
 
 def mean(cells: list[dict], name: str, tasks: list[str], length: int, key: str) -> list[float]:
-    """A column's mean over tasks and Wilson's interval on all their samples, in %. ValueError names the tasks
-    that are missing."""
+    """A column's mean over tasks and its interval, in %. ValueError names the tasks that are missing."""
     here = {c["task"]: c for c in cells if column(c) == name and c["length"] == length}
     if missing := [t for t in tasks if t not in here]:
         raise ValueError(f"{name!r} has no {' '.join(missing)} at {length_name(length)}: evaluate it, or "
                          "choose other columns, tasks or lengths")
-    n, p = sum(here[t]["n"] for t in tasks), share([here[t] for t in tasks], "n", key)
+    n = len(tasks) ** 2 / sum(1 / here[t]["n"] for t in tasks)    # as in the tables of data/metrics.py
+    p = share([here[t] for t in tasks], "n", key)
     return [100 * x for x in (p, *wilson(p * n, n))]
 
 

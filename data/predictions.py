@@ -25,12 +25,44 @@ def parse(path: Path, number: int, line: bytes) -> dict:
             return row
         row = DEFAULTS | row
         if (not all(isinstance(row[key], kind) for key, kind in KINDS.items()) or row["task"] not in LABELS
-                or row["memory"] not in MODES):
+                or row["memory"] not in MODES or min(row["length"], row["i"]) < 0
+                or isinstance(row["length"], bool) or isinstance(row["i"], bool)):
             raise ValueError
         return row
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(f"{path} line {number} is no prediction: give another file, or run the evaluation "
                          "again") from None
+
+
+def read(path: Path, lines: list[bytes]) -> tuple[dict[str, dict], list[dict]]:
+    """(settings of each model, predictions) of a file's lines. ValueError for a line that is neither, that
+    answers what was answered before, or whose settings contradict the earlier ones."""
+    known, rows, seen = {}, [], set()
+    for number, line in enumerate(lines, 1):
+        row = parse(path, number, line)
+        if "settings" in row:
+            check(path, known, row["settings"])
+            known.setdefault(row["settings"]["model"], {}).update(row["settings"])
+        elif identity(row) in seen:
+            raise ValueError(f"{path} line {number} answers {identity(row)} again: take one of the two out")
+        else:
+            seen.add(identity(row))
+            rows.append(row)
+    return known, rows
+
+
+def identity(row: dict) -> tuple[str, str, int, int, str]:
+    return row["model"], row["task"], row["length"], row["i"], row["memory"]
+
+
+def check(path: Path, known: dict[str, dict], new: dict) -> None:
+    """ValueError if the file's settings are not those of `new`; checkpoint and samples, of the same model."""
+    for old in known.values():
+        for key in sorted(old.keys() & new.keys(), key=lambda key: (key.startswith("samples"), key)):
+            own = key in ("model", "checkpoint") or key.startswith("samples")
+            if old[key] != new[key] and (old["model"] == new["model"] or not own):
+                raise ValueError(f"{path} has answers of {old['model']} with {key} {old[key]}, not "
+                                 f"{new[key]}: give another --out, or --again to replace them")
 
 
 def load(path: str | Path) -> list[dict]:
@@ -38,8 +70,7 @@ def load(path: str | Path) -> list[dict]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file {path}: name a predictions.jsonl")
-    lines = [parse(path, i, line) for i, line in enumerate(path.read_bytes().splitlines(), 1)]
-    rows = [row for row in lines if "settings" not in row]
+    rows = read(path, path.read_bytes().splitlines())[1]
     if not rows:
         raise ValueError(f"{path} holds no prediction: run the evaluation again")
     return rows
@@ -59,27 +90,18 @@ class Predictions:
     of predictions, or holds a model's answers under other settings; again=True starts anew instead."""
 
     def __init__(self, path: Path, settings: list[dict], again: bool = False):
-        self.rows, self.done, known = [], set(), {}
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         whole = [line for line in lines if line.endswith(b"\n")]            # the last may have been cut off
         if lines and not whole and not lines[0].startswith(BEGINNING[:len(lines[0])]):
             parse(path, 1, b"")                                             # somebody else's: refused
         if again:
-            lines, whole = lines and [parse(path, 1, whole[0]) if whole else lines[0]], []
-        for number, line in enumerate(whole, 1):
-            row = parse(path, number, line)
-            if "settings" in row:
-                known.setdefault(row["settings"]["model"], {}).update(row["settings"])
-            else:
-                self.rows.append(row)
-                self.done.add((row["model"], row["task"], row["length"], row["i"], row["memory"]))
+            if whole:
+                parse(path, 1, whole[0])
+            whole = []
+        known, self.rows = read(path, whole)
+        self.done = set(map(identity, self.rows))
         for new in settings:
-            for old in known.values():      # of another model all but its checkpoint has to be the same
-                own = {"model", "checkpoint"} if old["model"] != new["model"] else set()
-                for key in sorted((old.keys() & new.keys()) - own):
-                    if old[key] != new[key]:
-                        raise ValueError(f"{path} has answers of {old['model']} with {key} {old[key]}, not "
-                                         f"{new[key]}: give another --out, or --again to replace them")
+            check(path, known, new)
             if new["model"] not in known and any(row["model"] == new["model"] for row in self.rows):
                 raise ValueError(f"{path} has answers of {new['model']} without their settings: give another "
                                  "--out, or --again to replace them")

@@ -35,7 +35,8 @@ def parse_samples(raw: bytes) -> list[dict[str, str]]:
         if not isinstance(sample, dict):
             raise ValueError(f"sample {i} is no object")
         for field in FIELDS:
-            if not isinstance(sample.get(field), str):
+            if not isinstance(sample.get(field), str) or not sample[field].isprintable() and any(
+                    "\ud800" <= c <= "\udfff" for c in sample[field]):
                 raise ValueError(f"sample {i} has no text in its field {field!r}")
     return samples
 

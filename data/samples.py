@@ -5,6 +5,8 @@
 
 Writes nothing.
 """
+import hashlib
+import json
 import random
 from typing import Callable, Iterable
 
@@ -29,6 +31,7 @@ class Downloaded:
         self.folder, self.tokenizer, self.cell, self.kept = folder, tokenizer, None, []
 
     def rows(self, task: str, length: int) -> list[dict]:
+        """The samples of a cell, as read_samples gives them."""
         if self.cell != (task, length):
             self.kept = read_samples(self.folder, task, length_name(length))
             self.cell = task, length
@@ -39,10 +42,18 @@ class Downloaded:
         return from_text(self.tokenizer, row["input"], row["question"], row["target"])
 
 
-def check_cells(samples: Samples, tasks: Iterable[str], lengths: Iterable[int]) -> None:
-    """ValueError, before any time is spent, for an unknown task or a length too short for its facts."""
+def check_cells(samples: Samples, tasks: Iterable[str], lengths: Iterable[int]) -> dict[str, str]:
+    """A fingerprint of the samples of each cell: of the first, or of the whole published file. ValueError,
+    before any time is spent, for an unknown task or a length too short for its facts."""
+    prints = {}
     for task in tasks:
         if task not in TASKS:
             raise ValueError(f"task {task!r} is unknown: choose from {' '.join(TASKS)}")
         for length in lengths:
-            samples(task, length, 0)
+            d = samples(task, length, 0)
+            text = d.ids.tobytes()
+            if isinstance(samples, Downloaded):
+                text = json.dumps(samples.rows(task, length)).encode()
+            digest = hashlib.blake2b(text, digest_size=8).hexdigest()
+            prints[f"samples of {task} {length_name(length)}"] = digest
+    return prints

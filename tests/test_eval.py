@@ -409,8 +409,54 @@ def test_a_mean_weighs_tasks_alike_however_many_samples_they_have():
     sizes = (10, 10, 400, 10, 70)
     figures = [cell(hits=n if i < 3 else 0, n=n, task=f"qa{i}") for i, n in enumerate(sizes, 1)]
     floors = [2 / 10, 2 / 10, 100 / 400, 2 / 10, 17 / 70]
+    alike = 25 / (1 / 10 + 1 / 10 + 1 / 400 + 1 / 10 + 1 / 70)      # the mean's variance is a share's with so many
     assert lines_of(table(figures), EXACT)["qa1-5", "0k"] == [
-        "500", f"{100 * sum(floors) / 5:.1f}", percent(200, 500).replace(" ", "")]
+        "500", f"{100 * sum(floors) / 5:.1f}", percent(0.4 * alike, alike).replace(" ", "")]
+
+
+def test_columns_of_other_numbers_of_samples_have_lines_of_their_own():
+    figures = [cell(hits=50, n=100), cell(hits=30, n=60, memory="off"), cell(hits=10, n=100, memory="other")]
+    lines = [x.split() for x in table(figures, ["exact"]).splitlines() if x.split()[:1] == ["qa1"]]
+    assert [line[2] for line in lines] == ["100", "60"]
+    assert [x for x in lines[0][4:] if x == "-" or "." in x] == ["50.0", "-", "10.0"]
+    assert [x for x in lines[1][4:] if x == "-" or "." in x] == ["-", "50.0", "-"]
+
+
+def test_answers_to_other_questions_are_no_pairs():
+    a = [prediction("on", i=i) for i in range(4)]
+    b = [prediction("off", i=i) | (dict(question="Where is Bill?") if i == 3 else {}) for i in range(4)]
+    text = compare(a + b, "lm2 on", "lm2 off")
+    assert text.splitlines()[2].split()[2] == "3" and "2 answers have no partner" in text
+    with pytest.raises(ValueError, match="no question in common"):
+        compare(a + b[3:], "lm2 on", "lm2 off")
+
+
+def test_an_answer_that_stands_twice_in_a_file_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "p.jsonl"
+    save([prediction("on", i=0), prediction("on", i=1), prediction("on", i=0)], path)
+    with pytest.raises(ValueError, match=r"line 3 answers .* again"):
+        load(path)
+
+
+@pytest.mark.parametrize("flags", [["--figures", "{0}"], ["--out", "{1}/new.jsonl", "--figures", "{1}/new.jsonl"],
+                                   ["--figures", "{1}"], ["--figures", "{1}/none/f.json"]])
+def test_figures_never_replace_a_checkpoint_or_the_answers(denied, ckpt, tmp_path, flags):
+    before = ckpt.read_bytes()
+    err = denied("--out", tmp_path / "p.jsonl", *[x.format(ckpt, tmp_path) for x in flags])
+    assert "--figures" in err and ckpt.read_bytes() == before and list(tmp_path.iterdir()) == []
+
+
+def test_one_published_file_stands_for_one_cell_only_and_is_not_exchanged_unseen(denied, cli, tmp_path,
+                                                                              no_forecast):
+    file, out = tmp_path / "0k.json", tmp_path / "p.jsonl"
+    rows = [dict(input="Mary went to the garden.", question="Where is Mary? ", target="garden")] * 3
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    flags = ["--source", "babilong", "--path", file, "--out", out]
+    assert "--path" in denied(*flags, "--lengths", "0k", "1k")
+    cli(*flags, "--lengths", "0k", "--n", "2")
+    file.write_text(json.dumps(rows[:2] + [dict(rows[0], target="office")]), encoding="utf-8")
+    before = out.read_bytes()
+    assert "samples of qa1 0k" in denied(*flags, "--lengths", "0k", "--n", "3") and out.read_bytes() == before
 
 
 @pytest.mark.parametrize("metrics, titles", [
@@ -653,6 +699,21 @@ def test_rag_answers_from_the_question_behind_the_retrieved_sentences_read_with_
     assert outputs == [greedy(model, tok, ids) for ids, _ in short] and found == [f for _, f in short]
 
 
+def test_the_seconds_are_a_documents_and_reading_counts_in_each_mode_that_needs_it(tok, monkeypatch):
+    now = [0.0]
+
+    def taking(seconds, result):
+        return lambda *_, **__: now.__setitem__(0, now[0] + seconds) or result
+    monkeypatch.setattr(babilong_eval.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(babilong_eval, "carried", taking(8, None))
+    monkeypatch.setattr(babilong_eval, "answer", taking(2, ["x"] * 4))
+    monkeypatch.setattr(babilong_eval, "of_rows", lambda *_: None)
+    model, docs = loud(tok), documents(tok, prompts(tok, 5, 6, 7, 8))
+    found = ask(model, tok, docs, ["on", "off", "other", "rag"], 1)
+    assert [found[mode][2] for mode in ("on", "off", "other", "rag")] == [2.5, 0.5, 2.5, 2.5]
+    assert ask(model, tok, docs, ["off"], 1)["off"][2] == 0.5 and now[0] == 8 + 3 * 2 + 8 + 2 + 2
+
+
 def test_rows_of_a_state_are_those_of_its_tensors_in_the_asked_order(model, tok):
     state = carried(model, prompts(tok, 40, 80, 120))
     part = of_rows(state, [2, 0])
@@ -787,6 +848,23 @@ def test_the_forecast_is_the_time_of_a_few_samples_times_their_number(monkeypatc
     assert {n: asked.count(n) for n in set(asked)}.keys() == {1000, 4000} and len(asked) < 20
 
 
+@pytest.mark.parametrize("n, max_tokens, size", [
+    (400, 200_000, 40), (400, 30_000, 10), (3, 200_000, 2), (1, 200_000, 2), (400, 1, 2)])
+def test_the_forecast_tries_a_batch_like_those_of_the_run_with_all_tasks_in_turn(
+        monkeypatch, n, max_tokens, size):
+    tried = []
+    monkeypatch.setattr(babilong_eval, "ask", lambda model, tokenizer, docs, modes, rag: tried.append(docs))
+    forecast(None, None, lambda *cell: cell, [("qa1", 900, n), ("qa2", 900, n)], ["on"], 0, max_tokens)
+    assert len(tried) == 2 and tried[0] == tried[1] and len(tried[1]) == size    # the first call is slow
+    assert all(length == 900 and i < n for _, length, i in tried[1])
+    assert [task for task, *_ in tried[1]] == ["qa1", "qa2"] * (size // 2)
+
+
+def test_the_forecast_of_a_single_sample_is_its_time(monkeypatch, val_set):
+    predict, _ = clocked(monkeypatch, val_set)
+    assert predict([("qa1", 1000, 1)]) == pytest.approx(1.006, rel=0.01)
+
+
 def test_the_forecast_beyond_64k_grows_with_the_length_and_tries_none_of_it(monkeypatch, val_set):
     predict, asked = clocked(monkeypatch, val_set)
     seconds = predict([("qa1", 1000, 10), ("qa1", 64_000, 5), ("qa1", 1_000_000, 3)])
@@ -888,6 +966,20 @@ def test_a_run_cut_short_anywhere_goes_on_and_ends_as_one_in_one_go(
     assert sum(n * len(modes) for n, modes in asked) == 32 - rows // 2 * 2
     assert (f"has {rows} of 32 answers already" in printed) == (rows > 0) == ("answers already" in printed)
     assert path.read_bytes().endswith(b"\n") and path.read_bytes().count(b"settings") == 1
+
+
+def test_a_disk_that_is_full_harms_no_answer(whole, out, monkeypatch):
+    cut = whole.read_bytes()[:-5]
+    out.write_bytes(cut)
+
+    def full(path, data, real=Path.write_bytes):
+        real(path, data[:7])
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for again in (False, True):
+        with pytest.raises(OSError):
+            Predictions(out, [], again)
+        assert out.read_bytes() == cut
 
 
 def test_an_interrupted_run_keeps_its_answers_and_goes_on(
@@ -1123,8 +1215,8 @@ def test_the_forecast_is_printed_before_the_first_answer(cli, out, monkeypatch):
 
 def test_a_length_beyond_the_background_says_how_often_it_goes_round(cli, val_set, out, no_forecast):
     total = len(val_set.prose)
-    longer = total * 5 // 2
-    printed = cli("--lengths", longer, "--n", "1", "--memory", "off", "--out", out)
+    longer = total * 4 // 3
+    printed = cli("--lengths", longer, "0k", "--n", "1", "--memory", "off", "--out", out)
     assert f"a sample of {longer} goes round it {longer / total:.1f} times" in printed
     printed = cli("--lengths", total, "--n", "1", "--memory", "off", "--out", out, "--again")
     assert "goes round" not in printed
@@ -1290,7 +1382,7 @@ def test_the_answers_never_go_over_a_checkpoint(denied, ckpt, second):
     for out in (ckpt, second[0]):
         before = out.read_bytes()
         err = denied("--ckpt", f"a={ckpt}", f"b={second[0]}", "--out", out, "--again")
-        assert str(out) in err and out.read_bytes() == before
+        assert f"--out {out} is the checkpoint" in err and out.read_bytes() == before
 
 
 # Sources
@@ -1333,6 +1425,12 @@ def test_a_published_file_of_a_single_sample_is_asked(cli, tmp_path):
     path = published(tmp_path / "set", {("qa1", "0k"): made(1)})
     cli("--source", "babilong", "--path", path, "--lengths", "0k", "--n", "4", "--out", tmp_path / "p.jsonl")
     assert len(load(tmp_path / "p.jsonl")) == 2
+
+
+def test_a_long_published_file_needs_no_shorter_one_beside_it(cli, out, tmp_path):
+    path = published(tmp_path / "set", {("qa1", "128k"): made(3)})
+    cli("--source", "babilong", "--path", path, "--lengths", "128k", "--memory", "on", "--out", out)
+    assert len(load(out)) == 3
 
 
 @pytest.mark.parametrize("raw, says", [

@@ -127,11 +127,12 @@ def new_figure():
 
 # ---- figures of the evaluation: computation ----
 
-def test_a_mean_over_tasks_weighs_tasks_alike_and_its_interval_counts_all_samples():
+def test_a_mean_over_tasks_weighs_tasks_alike_and_its_interval_is_that_of_the_tables():
     cells = [cell("lm2 on", "qa1", 0, 90, n=100), cell("lm2 on", "qa2", 0, 20, n=50)]
     value, low, high = pictures.mean(cells, "lm2 on", ["qa1", "qa2"], 0, "exact")
+    alike = 4 / (1 / 100 + 1 / 50)
     assert value == pytest.approx(100 * (0.9 + 0.4) / 2)
-    assert (low, high) == pytest.approx([100 * x for x in wilson(0.65 * 150, 150)])
+    assert (low, high) == pytest.approx([100 * x for x in wilson(0.65 * alike, alike)])
 
 
 def test_a_mean_names_the_tasks_that_are_missing():
