@@ -409,54 +409,30 @@ def test_a_mean_weighs_tasks_alike_however_many_samples_they_have():
     sizes = (10, 10, 400, 10, 70)
     figures = [cell(hits=n if i < 3 else 0, n=n, task=f"qa{i}") for i, n in enumerate(sizes, 1)]
     floors = [2 / 10, 2 / 10, 100 / 400, 2 / 10, 17 / 70]
-    alike = 25 / (1 / 10 + 1 / 10 + 1 / 400 + 1 / 10 + 1 / 70)      # the mean's variance is a share's with so many
+    alike = 1 / sum(1 / n / 25 for n in sizes)      # a share of so many samples has the variance of the mean
+    low, high = wilson(0.4 * alike, alike)
     assert lines_of(table(figures), EXACT)["qa1-5", "0k"] == [
-        "500", f"{100 * sum(floors) / 5:.1f}", percent(0.4 * alike, alike).replace(" ", "")]
+        "500", f"{100 * sum(floors) / 5:.1f}", f"40.0[{100 * low:.0f},{100 * high:.0f}]"]
 
 
 def test_columns_of_other_numbers_of_samples_have_lines_of_their_own():
-    figures = [cell(hits=50, n=100), cell(hits=30, n=60, memory="off"), cell(hits=10, n=100, memory="other")]
-    lines = [x.split() for x in table(figures, ["exact"]).splitlines() if x.split()[:1] == ["qa1"]]
-    assert [line[2] for line in lines] == ["100", "60"]
-    assert [x for x in lines[0][4:] if x == "-" or "." in x] == ["50.0", "-", "10.0"]
-    assert [x for x in lines[1][4:] if x == "-" or "." in x] == ["-", "50.0", "-"]
+    figures = [cell(10, n, memory=m, task=f"qa{i}", floor=base) for i in range(1, 6)
+               for m, n, base in (("on", 100, 20), ("off", 50, 15), ("other", 100, 20))]
+    lines = table(figures, ["exact"]).splitlines()
+    shown = [re.sub(r" \[[^]]*\]", "", x).split() for x in lines if x.split()[0] in ("qa3", "qa1-5")]
+    assert shown == [["qa3", "0k", "100", "20.0", "10.0", "-", "10.0"],
+                     ["qa3", "0k", "50", "30.0", "-", "20.0", "-"],
+                     ["qa1-5", "0k", "500", "20.0", "10.0", "-", "10.0"],
+                     ["qa1-5", "0k", "250", "30.0", "-", "20.0", "-"]]
 
 
-def test_answers_to_other_questions_are_no_pairs():
-    a = [prediction("on", i=i) for i in range(4)]
-    b = [prediction("off", i=i) | (dict(question="Where is Bill?") if i == 3 else {}) for i in range(4)]
-    text = compare(a + b, "lm2 on", "lm2 off")
-    assert text.splitlines()[2].split()[2] == "3" and "2 answers have no partner" in text
-    with pytest.raises(ValueError, match="no question in common"):
-        compare(a + b[3:], "lm2 on", "lm2 off")
-
-
-def test_an_answer_that_stands_twice_in_a_file_is_refused_with_its_line(tmp_path):
-    path = tmp_path / "p.jsonl"
-    save([prediction("on", i=0), prediction("on", i=1), prediction("on", i=0)], path)
-    with pytest.raises(ValueError, match=r"line 3 answers .* again"):
-        load(path)
-
-
-@pytest.mark.parametrize("flags", [["--figures", "{0}"], ["--out", "{1}/new.jsonl", "--figures", "{1}/new.jsonl"],
-                                   ["--figures", "{1}"], ["--figures", "{1}/none/f.json"]])
-def test_figures_never_replace_a_checkpoint_or_the_answers(denied, ckpt, tmp_path, flags):
-    before = ckpt.read_bytes()
-    err = denied("--out", tmp_path / "p.jsonl", *[x.format(ckpt, tmp_path) for x in flags])
-    assert "--figures" in err and ckpt.read_bytes() == before and list(tmp_path.iterdir()) == []
-
-
-def test_one_published_file_stands_for_one_cell_only_and_is_not_exchanged_unseen(denied, cli, tmp_path,
-                                                                              no_forecast):
-    file, out = tmp_path / "0k.json", tmp_path / "p.jsonl"
-    rows = [dict(input="Mary went to the garden.", question="Where is Mary? ", target="garden")] * 3
-    file.write_text(json.dumps(rows), encoding="utf-8")
-    flags = ["--source", "babilong", "--path", file, "--out", out]
-    assert "--path" in denied(*flags, "--lengths", "0k", "1k")
-    cli(*flags, "--lengths", "0k", "--n", "2")
-    file.write_text(json.dumps(rows[:2] + [dict(rows[0], target="office")]), encoding="utf-8")
-    before = out.read_bytes()
-    assert "samples of qa1 0k" in denied(*flags, "--lengths", "0k", "--n", "3") and out.read_bytes() == before
+def test_of_a_long_name_the_end_is_shown_and_the_mode():
+    figures = [cell(model=name, memory=m) for name in ("a-long-name-seed1", "a-long-name-seed2", "b")
+               for m in ("on", "other")]
+    heads = [line for line in table(figures, ["exact"]).splitlines() if line.startswith("  task")]
+    assert [head[24:].split() for head in heads] == [
+        ["name-seed1", "on", "e-seed1", "other", "name-seed2", "on", "e-seed2", "other"],
+        ["b", "on", "b", "other"]]
 
 
 @pytest.mark.parametrize("metrics, titles", [
@@ -527,6 +503,17 @@ def test_a_comparison_pairs_by_task_and_length_and_adds_them_up():
                      ["qa1", "1k", "1", "0.0", "100.0", "0", "1", "1.0000"],
                      ["qa2", "0k", "2", "100.0", "50.0", "1", "0", "1.0000"],
                      ["all", "4", "75.0", "50.0", "2", "1", "1.0000"]]
+
+
+def test_answers_to_other_questions_are_no_pair_and_are_counted():
+    asked = [dict(question="Where is Mary?"), dict(question="Where is Bill?"), dict(target="office"), {}]
+    rows = [prediction("on", i=i) for i in range(4)] + [prediction("off", i=7)]
+    rows += [prediction("off", i=i) | change for i, change in enumerate(asked)]
+    lines = compare(rows, "lm2 on", "lm2 off").splitlines()
+    assert lines[2].split()[2] == "2" and lines[-1].startswith("5 answers have no partner")
+    assert "no partner" not in compare(rows, "lm2 on", "lm2 on")
+    with pytest.raises(ValueError, match="'lm2 on' and 'lm2 off' have answered no question in common"):
+        compare(rows[1:3] + rows[6:8], "lm2 on", "lm2 off")
 
 
 def test_a_comparison_uses_the_metric_and_names_both_columns_and_small_ps():
@@ -848,16 +835,17 @@ def test_the_forecast_is_the_time_of_a_few_samples_times_their_number(monkeypatc
     assert {n: asked.count(n) for n in set(asked)}.keys() == {1000, 4000} and len(asked) < 20
 
 
-@pytest.mark.parametrize("n, max_tokens, size", [
-    (400, 200_000, 40), (400, 30_000, 10), (3, 200_000, 2), (1, 200_000, 2), (400, 1, 2)])
+@pytest.mark.parametrize("n, max_tokens, mode, size", [
+    (400, 200_000, "on", 40), (400, 30_000, "off", 10), (30, 200_000, "on", 3), (1, 200_000, "on", 2),
+    (400, 1, "on", 2), (400, 1, "other", 2)])
 def test_the_forecast_tries_a_batch_like_those_of_the_run_with_all_tasks_in_turn(
-        monkeypatch, n, max_tokens, size):
+        monkeypatch, n, max_tokens, mode, size):
     tried = []
     monkeypatch.setattr(babilong_eval, "ask", lambda model, tokenizer, docs, modes, rag: tried.append(docs))
-    forecast(None, None, lambda *cell: cell, [("qa1", 900, n), ("qa2", 900, n)], ["on"], 0, max_tokens)
+    forecast(None, None, lambda *cell: cell, [("qa1", 900, n), ("qa2", 900, n)], [mode], 0, max_tokens)
     assert len(tried) == 2 and tried[0] == tried[1] and len(tried[1]) == size    # the first call is slow
     assert all(length == 900 and i < n for _, length, i in tried[1])
-    assert [task for task, *_ in tried[1]] == ["qa1", "qa2"] * (size // 2)
+    assert [task for task, *_ in tried[1]] == (["qa1", "qa2"] * size)[:size]
 
 
 def test_the_forecast_of_a_single_sample_is_its_time(monkeypatch, val_set):
@@ -1114,6 +1102,17 @@ def test_a_file_that_is_none_of_predictions_is_refused_and_stays(denied, tmp_pat
     assert str(path) in err and path.read_bytes() == text
 
 
+def test_a_file_with_an_answer_twice_is_refused_and_its_line_is_named(out):
+    rows = [prediction(i=0), prediction(i=1), prediction(i=0, output="office")]
+    save(rows, out)
+    for read in (load, lambda path: Predictions(path, [])):
+        with pytest.raises(ValueError, match="line 3 answers .*again"):
+            read(out)
+    rows[2] = prediction(i=0, model="twin")
+    save(rows, out)
+    assert load(out) == rows
+
+
 def test_answers_without_settings_are_not_gone_on_from(denied, tmp_path):
     path = tmp_path / "table.jsonl"
     save([prediction(length=0)], path)
@@ -1140,7 +1139,8 @@ def test_rows_written_before_there_were_several_models_are_those_of_lm2(out):
 
 
 @pytest.mark.parametrize("change", [
-    dict(i=None), dict(i="0"), dict(seconds="fast"), dict(outside=1), dict(memory="maybe"), dict(task="qa21"),
+    dict(i=None), dict(i="0"), dict(i=-1), dict(i=True), dict(length=-1), dict(seconds="fast"),
+    dict(outside=1), dict(memory="maybe"), dict(task="qa21"),
     dict(found="yes"), dict(model=7)])
 def test_a_row_with_a_field_that_cannot_be_is_named_by_its_line(out, change):
     row = prediction() | change
@@ -1248,6 +1248,18 @@ def test_a_flag_that_cannot_be_is_named_before_anything_is_written(denied, tmp_p
     assert named in err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("flags", [[], ["--from_predictions", "{out}"]])
+@pytest.mark.parametrize("place", [
+    "{out}", "{ckpt}", "{tmp}", "{tmp}/no/f.json", "{tmp}/../{tmp.name}/p.jsonl"])
+def test_figures_replace_neither_answers_nor_checkpoints(denied, ckpt, whole, out, tmp_path, place, flags):
+    out.write_bytes(whole.read_bytes())
+    place, before = place.format(out=out, ckpt=ckpt, tmp=tmp_path), ckpt.read_bytes()
+    err = denied(*FULL, "--out", out, *[x.format(out=out) for x in flags], "--figures", place)
+    assert f"--figures {place}" in err
+    assert out.read_bytes() == whole.read_bytes() and ckpt.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["p.jsonl"]
+
+
 @pytest.mark.parametrize("flags, named", [
     (["--compare", "lm2 on", "lm2 of"], "'lm2 of'"), (["--figures", "no/such/f.json"], "no/such"),
     (["--memory", "other", "--n", "1"], "other"),
@@ -1339,7 +1351,7 @@ def test_two_models_with_other_tokenizers_stand_in_one_table(cli, ckpt, second, 
     mine = [r for r in rows if (r["model"], r["length"], r["memory"]) == ("plain", 150, "on")]
     found = [(r["question"], r["outside"]) for r in mine]
     assert found == [(d.questions[0].text, d.outside(S)) for d in docs]
-    assert printed.count("background of ") == 2
+    assert printed.count("background of ") == 2 and "each model's own tokens" in printed
     assert {r["output"] for r in rows if r["model"] == "plain" and r["memory"] == "on"} == {
         r["output"] for r in rows if r["model"] == "plain" and r["memory"] == "off"}
 
@@ -1350,7 +1362,16 @@ def test_models_of_one_tokenizer_share_their_samples_and_read_the_background_onc
     printed = cli(*models, "--lengths", "100", "--n", "4", "--memory", "on", "--out", out)
     found = by_key(load(out), "question", "target", "outside")
     assert all(found["a", *key] == found["b", *key] for _, *key in found)
-    assert printed.count("background of ") == 1
+    assert printed.count("background of ") == 1 and "each model's own tokens" not in printed
+
+
+def test_counted_in_characters_models_of_any_tokenizer_are_asked_the_same_texts(
+        cli, ckpt, second, out, no_forecast):
+    printed = cli("--ckpt", f"a={ckpt}", f"b={second[0]}", "--lengths", "700", "--n", "6", "--count", "chars",
+                  "--memory", "off", "--out", out)
+    found = by_key(load(out), "question", "target")
+    assert len(found) == 12 and all(found["a", *key] == found["b", *key] for _, *key in found)
+    assert "each model's own tokens" not in printed
 
 
 def test_the_name_of_a_model_is_its_kind_or_its_folder_or_what_is_given(cli, ckpt, second, out, no_forecast):
@@ -1443,6 +1464,43 @@ def test_a_published_file_that_is_not_what_it_should_be_is_named(denied, tmp_pat
     file.write_bytes(raw)
     err = denied("--source", "babilong", "--path", tmp_path / "set", "--lengths", "0k", "1k", "--out", out)
     assert str(file) in err and says in err and not out.exists()
+
+
+def test_published_files_may_move_but_not_change_under_a_run(cli, denied, out, tmp_path, no_forecast):
+    changed = made(4)
+    changed[3]["input"] += " Sandra left."
+    sets = [published(tmp_path / name, {("qa1", "0k"): first, ("qa1", "1k"): made(4)})
+            for name, first in (("one", made(4)), ("two", made(4)), ("three", changed))]
+    flags = ["--source", "babilong", "--out", out, "--path"]
+    cli(*flags, sets[0], "--lengths", "0k", "--n", "2")
+    cli(*flags, sets[1], "--lengths", "0k", "1k", "--n", "4")
+    assert len(load(out)) == 16
+    before = out.read_bytes()
+    err = denied(*flags, sets[2], "--lengths", "0k", "--n", "4")
+    assert "samples of qa1 0k" in err and "--again" in err and out.read_bytes() == before
+    cli(*flags, sets[2], "--lengths", "1k", "--n", "4")     # of that length they are the same
+
+
+@pytest.mark.parametrize("flags", [["--tasks", "qa1", "qa2", "--lengths", "0k"], ["--lengths", "0k", "1k"]])
+def test_one_published_file_is_not_taken_for_several_cells(denied, out, tmp_path, flags):
+    file = published(tmp_path / "set", {("qa1", "0k"): made(4)}) / "qa1" / "0k.json"
+    err = denied("--source", "babilong", "--path", file, *flags, "--n", "2", "--out", out)
+    assert f"--path {file}" in err and "folder" in err and not out.exists()
+
+
+def test_one_published_file_is_asked(cli, out, tmp_path, no_forecast):
+    file = published(tmp_path / "set", {("qa1", "0k"): made(4)}) / "qa1" / "0k.json"
+    cli("--source", "babilong", "--path", file, "--lengths", "4k", "--n", "2", "--memory", "on", "--out", out)
+    assert [(r["length"], r["target"]) for r in load(out)] == [(4000, "garden"), (4000, "kitchen")]
+
+
+def test_one_file_of_stories_is_taken_for_one_task(cli, denied, another, out, no_forecast):
+    file = next(another.glob("qa1_*"))
+    flags = ["--source", "babi", "--path", file, "--lengths", "0k", "200", "--n", "2", "--memory", "on"]
+    err = denied(*flags, "--tasks", "qa1", "qa2", "--out", out)
+    assert f"--path {file}" in err and not out.exists()
+    cli(*flags, "--out", out)
+    assert len(load(out)) == 4
 
 
 def test_a_published_file_that_is_missing_is_named_with_the_command_that_fetches_it(denied, tmp_path, out):

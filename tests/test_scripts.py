@@ -584,7 +584,7 @@ def test_a_temperature_gives_the_same_words_for_the_same_seed_and_others_for_ano
     (["--stages", "2:1:9:9"], "2:1:9:9"), (["--stages", ""], "--stages"), (["--table_lengths", "4x"], "4x"),
     (["--device", "gpu7"], "gpu7"), (["--threads", "-1"], "-1"), (["--resume", "--n_embd", "32"], "--n_embd"),
     (["--resume", "--tokens", "99"], "--tokens"), (["--clip", "-1"], "clip -1"), (["--lr", "-1"], "-1"),
-    (["--stories", "no/babi"], "no/babi"),
+    (["--stories", "no/babi"], "no/babi"), (["--stories", __file__], __file__),
     (["--lr", "nan"], "nan"),
 ])
 def test_train_names_a_flag_that_cannot_be(capsys, tmp_path, folder, flags, named):
