@@ -1113,6 +1113,18 @@ def test_a_file_with_an_answer_twice_is_refused_and_its_line_is_named(out):
     assert load(out) == rows
 
 
+def test_two_runs_of_other_settings_pasted_into_one_file_are_refused(out):
+    runs = ["".join(json.dumps(line) + "\n" for line in (dict(settings=dict(model=name, seed=seed)),
+                                                         prediction(model=name)))
+            for name, seed in (("a", 0), ("b", 1), ("b", 0))]
+    out.write_text(runs[0] + runs[1], encoding="utf-8")
+    for read in (load, lambda path: Predictions(path, [])):
+        with pytest.raises(ValueError, match="answers of a with seed 0, not 1"):
+            read(out)
+    out.write_text(runs[0] + runs[2], encoding="utf-8")
+    assert [r["model"] for r in load(out)] == ["a", "b"]
+
+
 def test_answers_without_settings_are_not_gone_on_from(denied, tmp_path):
     path = tmp_path / "table.jsonl"
     save([prediction(length=0)], path)
