@@ -21,12 +21,14 @@ Where the paper is silent or its shapes do not fit, a comment says `paper silent
 """
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Iterator
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class BlockState:
     k: Tensor                   # (B, S, KV, D/H) keys of the open segment's self-attention, already rotated
     v: Tensor                   # (B, S, KV, D/H)
     bank: Tensor | None = None  # (B, N, D) its M, or None; differs from paper: t counts segments, not blocks
+    bank_k: Tensor | None = None  # (B, N, D) keys and values of M, made when a segment opens token by token
+    bank_v: Tensor | None = None  # (B, N, D)
     q: Tensor | None = None     # (B, S, D) queries of the open segment, kept for its write
     c: Tensor | None = None     # (B, S, D) its gated candidates g_in * tanh(E w_write)
 
@@ -124,7 +128,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def rope_frequencies(cfg: LM2Config) -> list[float]:
+def rope_frequencies(cfg: LM2Config) -> tuple[float, ...]:
     """The angle a position turns each pair of channels by, D/H/2 of them, Llama-3.x scaling included."""
     width = cfg.n_embd // cfg.n_head
     freq = [cfg.rope_theta ** (-i / width) for i in range(0, width, 2)]
@@ -133,13 +137,38 @@ def rope_frequencies(cfg: LM2Config) -> list[float]:
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         keep = [min(1.0, max(0.0, (t - low) / (high - low))) for t in turns]
         freq = [k * f + (1 - k) * f / s["factor"] for k, f in zip(keep, freq)]
-    return freq
+    return tuple(freq)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def turn_table(freq: tuple[float, ...], length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """cos and sin of positions 0 .. length of a segment, (length, D/H/2, 2); made once, then read."""
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * torch.tensor(freq, dtype=torch.float64)
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).to(device, dtype)
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """RoPE, interleaved (Meta): angle i turns pair (2i, 2i+1). x (R, T, heads, width), turn (T, width/2)."""
-    pairs = torch.view_as_complex(x.to(turn.real.dtype).unflatten(-1, (-1, 2)))  # one pass, not four strided
-    return torch.view_as_real(pairs * turn[:, None]).flatten(-2).to(x.dtype)
+    """RoPE, interleaved (Meta): angle i turns pair (2i, 2i+1). x (R, T, heads, width), turn (T, width/2, 2):
+    cos and sin. One complex product is one pass over x; the compiler, which has none, fuses the real one."""
+    pairs, turn = x.to(turn.dtype).unflatten(-1, (-1, 2)), turn[:, None]
+    if torch.compiler.is_compiling():
+        (a, b), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)
+        pairs = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    else:
+        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn))
+    return pairs.flatten(-2).to(x.dtype)
+
+
+def joint(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """Outputs of several layers for one x, side by side: one product where that pays for joining weights."""
+    if x.shape[:-1].numel() < x.shape[-1]:  # few tokens
+        return torch.cat([layer(x) for layer in layers], dim=-1)
+    weight, bias = torch.cat([layer.weight for layer in layers]), None
+    if any(layer.bias is not None for layer in layers):
+        bias = torch.cat([weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+                          for layer in layers])
+    return F.linear(x, weight, bias)
 
 
 def store(buffer: Tensor, new: Tensor, fill: int, owned: bool) -> Tensor:
@@ -163,19 +192,20 @@ class Attention(nn.Module):
         """x (R, T, D), rows independent -> output (R, T, D) and the keys and values, or with cache = (k, v,
         fill, owned) the buffers with them stored behind the `fill` tokens that the segment already has."""
         R, T, D = x.shape
-        q = rotate(self.wq(x).view(R, T, self.n_head, self.width), turn)
-        k = rotate(self.wk(x).view(R, T, self.n_kv_head, self.width), turn)
-        v = self.wv(x).view(R, T, self.n_kv_head, self.width)
+        qk, v = joint(x, self.wq, self.wk, self.wv).unflatten(-1, (-1, self.width)).split(
+            [self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
+        q, k = rotate(qk, turn).split([self.n_head, self.n_kv_head], dim=2)     # (R, T, heads, D/H)
         mask, fill, keys, values = None, 0, k, v
         if cache is not None:
             fill = cache[2]
             k, v = store(cache[0], k, fill, cache[3]), store(cache[1], v, fill, cache[3])
             if fill:
                 keys, values = k[:, :fill + T], v[:, :fill + T]
-                mask = torch.ones(T, fill + T, dtype=torch.bool, device=x.device).tril(fill)
+                if T > 1:  # one token sees all that is there
+                    mask = torch.ones(T, fill + T, dtype=torch.bool, device=x.device).tril(fill)
         y = F.scaled_dot_product_attention(                                     # (R, H, T, D/H)
             q.transpose(1, 2), keys.transpose(1, 2).to(q.dtype), values.transpose(1, 2).to(q.dtype),
-            attn_mask=mask, is_causal=mask is None, enable_gqa=self.n_head != self.n_kv_head)
+            attn_mask=mask, is_causal=fill == 0, enable_gqa=self.n_head != self.n_kv_head)
         return self.wo(y.transpose(1, 2).reshape(R, T, D)), k, v
 
 
@@ -201,12 +231,15 @@ class Memory(nn.Module):
         """(R, n, D) -> (R, HM, n, D/HM)"""
         return x.unflatten(-1, (self.n_head, self.width)).transpose(1, 2)
 
-    def tokens(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The token side: x (R, T, D) -> queries, gated candidates, input gate, each (R, T, D)."""
+    def tokens(self, x: Tensor, trace: dict | None) -> tuple[Tensor, Tensor]:
+        """The token side: x (R, T, D) -> queries and gated candidates, each (R, T, D)."""
         E = self.token_norm(x)                    # paper silent: the query is the stream after self-attention
-        g_in = torch.sigmoid(self.w_in(E))                                      # Eq. (4), one gate a token
+        g_in, c = joint(E, self.w_in, self.w_write).chunk(2, dim=-1)    # apart from wq: not all are written
+        g_in = torch.sigmoid(g_in)                                              # Eq. (4), one gate a token
+        if trace is not None:
+            trace.update(g_in=g_in)
         # differs from paper: tanh(E w_write), not tanh(E_mem), which holds nothing of the tokens
-        return self.wq(E), g_in * torch.tanh(self.w_write(E)), g_in
+        return self.wq(E), g_in * torch.tanh(c)
 
     def slots(self, M: Tensor) -> Tensor:
         """norm(M) (B, N, D) in the dtype of the weights: what keys and values are made of."""
@@ -238,6 +271,13 @@ class Memory(nn.Module):
             trace.setdefault("g_forget", []).append(g_forget.flatten(-2))
         return M.flatten(-2)
 
+    def step(self, M: Tensor, Q: Tensor, c: Tensor, write: bool, trace: dict | None
+             ) -> tuple[Tensor, Tensor, Tensor]:
+        """One segment: the bank carried into it -> norm(M), K (B, N, D) to read by, and the next bank."""
+        seen = self.slots(M)
+        K = self.wk(seen)
+        return seen, K, self.write(M, K, Q, c, trace) if write else M
+
 
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x)."""
@@ -248,7 +288,8 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(cfg.n_embd, cfg.ffn_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        a, b = joint(x, self.w1, self.w3).chunk(2, dim=-1)
+        return self.w2(F.silu(a) * b)
 
 
 class Block(nn.Module):
@@ -258,45 +299,50 @@ class Block(nn.Module):
         self.attention_norm, self.ffn_norm = (RMSNorm(cfg.n_embd, cfg.norm_eps) for _ in range(2))
         self.attention, self.feed_forward = Attention(cfg), FeedForward(cfg)
         self.memory = Memory(cfg) if has_memory else None
+        self.fast = None        # before, memory.step and after, compiled
+
+    def before(self, x: Tensor, turn: Tensor, cache: tuple | None, trace: dict | None) -> tuple:
+        """x (R, T, D) -> x after self-attention, its keys and values, the memory's queries and candidates."""
+        h, k, v = self.attention(self.attention_norm(x), turn, cache)
+        x = x + h
+        return x, k, v, *((None, None) if self.memory is None else self.memory.tokens(x, trace))
+
+    def after(self, x: Tensor, Q: Tensor | None, K: Tensor | None, V: Tensor | None, trace: dict | None
+              ) -> Tensor:
+        """Read the bank by its keys and values, then the MLP."""
+        if self.memory is not None:
+            x = x + self.memory.read(Q, K, V, trace)
+        return x + self.feed_forward(self.ffn_norm(x))
 
     def forward(self, x: Tensor, st: BlockState, fill: int, owned: bool, turn: Tensor, write: bool,
                 trace: dict | None) -> tuple[Tensor, BlockState]:
-        """x (B, T, D): either G whole segments (fill 0) or a piece that fits into the open segment."""
-        (B, T, D), S = x.shape, st.k.shape[1]
+        """x (B, T, D): either G whole segments (fill 0) or a piece that fits into the open segment. Only the
+        slots' update runs segment by segment, all else in large products."""
+        (B, T, D), S, mem = x.shape, st.k.shape[1], self.memory
         whole = fill == 0 and T % S == 0
+        before, step, after = self.fast if self.fast and whole and trace is None else (
+            self.before, mem and mem.step, self.after)
         x = x.reshape(-1, S if whole else T, D)                                 # (B*G, S, D): a row a segment
-        h, k, v = self.attention(self.attention_norm(x), turn, None if whole else (st.k, st.v, fill, owned))
-        x = x + h
-        st = st if whole else replace(st, k=k, v=v)                             # whole ones leave no cache
-        if self.memory is not None:
-            x, st = self.remember(x, st, fill, owned, whole, write, trace)
-        x = x + self.feed_forward(self.ffn_norm(x))
-        return x.view(B, T, D), st
-
-    def remember(self, x: Tensor, st: BlockState, fill: int, owned: bool, whole: bool, write: bool,
-                 trace: dict | None) -> tuple[Tensor, BlockState]:
-        """Memory sub-layer. Only the slots' update runs segment by segment, all else in large products."""
-        mem, M, S = self.memory, st.bank, st.k.shape[1]
-        Q, c, g_in = mem.tokens(x)                                              # (B*G, S, D) each
-        seen, keys = [mem.slots(M)], []                                         # norm(M), K: one a segment
-        if whole:
-            Qs, cs = (t.unflatten(0, (M.shape[0], -1)) for t in (Q, c))         # (B, G, S, D)
-            for g in range(Qs.shape[1]):
-                keys.append(mem.wk(seen[-1]))
-                if write:
-                    M = mem.write(M, keys[-1], Qs[:, g], cs[:, g], trace)
-                seen.append(mem.slots(M))
-            seen = seen[:-1]                                                    # the last is the next call's
-        else:
-            q, cand = store(st.q, Q, fill, owned), store(st.c, c, fill, owned)
-            st, keys = replace(st, q=q, c=cand), [mem.wk(seen[0])]
-            if write and fill + x.shape[1] == S:
-                M = mem.write(M, keys[0], q, cand, trace)
-        K = torch.stack(keys, dim=1).flatten(0, 1)                              # (B*G, N, D)
-        V = mem.wv(torch.stack(seen, dim=1).flatten(0, 1))                      # (B*G, N, D)
-        if trace is not None:
-            trace.update(g_in=g_in)
-        return x + mem.read(Q, K, V, trace), replace(st, bank=M)
+        x, k, v, Q, c = before(x, turn, None if whole else (st.k, st.v, fill, owned), trace)
+        K = V = None
+        if whole and mem is not None:                                           # they leave no cache
+            M, seen, keys = st.bank, [], []                                     # norm(M), K: one a segment
+            for q, cand in zip(*(t.unflatten(0, (B, -1)).unbind(1) for t in (Q, c))):       # (B, S, D)
+                was, key, M = step(M, q, cand, write, trace)
+                seen.append(was), keys.append(key)
+            K = torch.stack(keys, dim=1).flatten(0, 1)                          # (B*G, N, D)
+            V = mem.wv(torch.stack(seen, dim=1).flatten(0, 1))                  # (B*G, N, D)
+            st = replace(st, bank=M)
+        elif mem is not None:
+            if fill == 0:
+                seen = mem.slots(st.bank)
+                st = replace(st, bank_k=mem.wk(seen), bank_v=mem.wv(seen))
+            K, V, q, cand = st.bank_k, st.bank_v, store(st.q, Q, fill, owned), store(st.c, c, fill, owned)
+            M = mem.write(st.bank, K, q, cand, trace) if write and fill + T == S else st.bank
+            st = replace(st, k=k, v=v, q=q, c=cand, bank=M)
+        elif not whole:
+            st = replace(st, k=k, v=v)
+        return after(x, Q, K, V, trace).view(B, T, D), st
 
 
 class LM2(nn.Module):
@@ -317,11 +363,14 @@ class LM2(nn.Module):
         """Of banks, angles and losses: the weights', but at least float32."""
         return torch.promote_types(self.norm.weight.dtype, torch.float32)
 
-    def turns(self, start: int, stop: int) -> Tensor:
-        """e^(i angle) of positions start .. stop of a segment, (stop - start, D/H/2), at least complex64."""
-        freq = torch.tensor(self.freq, dtype=torch.float64, device=self.norm.weight.device)
-        angle = torch.arange(start, stop, dtype=torch.float64, device=freq.device)[:, None] * freq
-        return torch.polar(torch.ones_like(angle), angle).to(self.dtype.to_complex())
+    def compile(self, **options) -> None:
+        """Compile in place what whole segments pass through, with torch.compile's options: three graphs a
+        block, without breaks, shared by all blocks; the loop over segments stays outside, so that a longer
+        document needs no other graph. Open segments, and calls with a trace, run as they are."""
+        torch._dynamo.config.recompile_limit = 64   # a graph for each segment length, with gradients or not
+        for block in self.layers:
+            parts = block.before, block.memory and block.memory.step, block.after
+            block.fast = tuple(part and torch.compile(part, fullgraph=True, **options) for part in parts)
 
     @torch.no_grad()
     def init_weights(self):
@@ -344,8 +393,8 @@ class LM2(nn.Module):
             raise ValueError(f"segment_len {S} must lie between 1 and the model's {c.segment_len}")
         new, kv = self.norm.weight.new_zeros, (batch, S, c.n_kv_head, c.n_embd // c.n_head)
         blocks = [BlockState(k=new(kv), v=new(kv)) if b.memory is None else
-                  BlockState(k=new(kv), v=new(kv), bank=b.memory.initial_bank(batch),
-                             q=new(batch, S, c.n_embd), c=new(batch, S, c.n_embd)) for b in self.layers]
+                  BlockState(new(kv), new(kv), b.memory.initial_bank(batch),
+                             *(new(batch, n, c.n_embd) for n in (c.n_slot, c.n_slot, S, S))) for b in self.layers]
         return LM2State(blocks)
 
     def check_state(self, state: LM2State, rows: int, segment_len: int | None) -> None:
@@ -361,13 +410,16 @@ class LM2(nn.Module):
                              "a document keeps its own")
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, state: LM2State | None = None, *,
-                keep: str = "all", segment_len: int | None = None, write: bool = True,
-                trace: list | None = None) -> tuple[Tensor, Tensor | None, LM2State]:
+                keep: str | Tensor = "all", segment_len: int | None = None, write: bool = True,
+                recompute: bool = False, trace: list | None = None
+                ) -> tuple[Tensor, Tensor | None, LM2State]:
         """idx (B, T) int64, T >= 1 [, targets (B, T), already shifted, -1 = ignored] -> logits, loss, state.
         state        what an earlier call returned for the tokens before these; None starts a document
-        keep         "all": logits (B, T, V); "last": (B, 1, V); "targets": (n, V), positions with a target
+        keep         "all": logits (B, T, V); "last": (B, 1, V); "targets": (n, V), positions with a target;
+                     or the (n,) flat positions (row * T + column) themselves, which spares a GPU a wait
         segment_len  shorter segments than the model's for a document that starts here (the curriculum)
         write        False holds every bank at the value it came in with: the memory switched off
+        recompute    activation checkpointing: keep each block's input only, run it again for the gradient
         trace        a list that gets a dict per block and piece: A (B*G, HM, T, N), g_out, g_in (B*G, T, D),
                      and of each write R (B, HM, N, S+1), g_forget (B, N, D), for pictures
         Raises ValueError for an input of another shape or dtype, or of another batch than the state's."""
@@ -376,19 +428,21 @@ class LM2(nn.Module):
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets are {tuple(targets.shape)}, idx is {tuple(idx.shape)}: "
                              "they must be of one shape")
-        if keep not in ("all", "last", "targets") or (keep == "targets" and targets is None):
+        if isinstance(keep, str) and keep not in ("all", "last", *["targets"] * (targets is not None)):
             raise ValueError(f"keep is {keep!r}: it must be 'all', 'last' or, with targets, 'targets'")
         state = state or self.initial_state(idx.shape[0], segment_len)  # paper silent: reset a document
         self.check_state(state, idx.shape[0], segment_len)
         S, T, fill, start, out = state.segment_len, idx.shape[1], state.fill, 0, []
         blocks, x = list(state.blocks), self.tok_embeddings(idx)                # (B, T, D)
+        turns = turn_table(self.freq, S, self.dtype, x.device)                  # (S, D/H/2, 2)
+        run = partial(checkpoint, use_reentrant=False) if recompute else lambda block, *args: block(*args)
         while start < T:  # pieces: the rest of the open segment, all whole segments at once, what is left
             n = min(T - start, S - fill) if fill else (T - start) // S * S or T - start
             piece = x[:, start:start + n]
-            turn = self.turns(fill, fill + min(n, S))                  # positions restart in every segment
+            turn = turns[fill:fill + min(n, S)]                  # positions restart in every segment
             for i, block in enumerate(self.layers):
                 note = None if trace is None else dict(layer=i, start=start)
-                piece, blocks[i] = block(piece, blocks[i], fill, state.owned, turn, write, note)
+                piece, blocks[i] = run(block, piece, blocks[i], fill, state.owned, turn, write, note)
                 if trace is not None:
                     trace.append(note)
             out.append(piece)
@@ -396,8 +450,9 @@ class LM2(nn.Module):
         x = out[0] if len(out) == 1 else torch.cat(out, dim=1)                  # (B, T, D)
         if keep == "last":
             x, targets = x[:, -1:], None if targets is None else targets[:, -1:]
-        elif keep == "targets":
-            x, targets = x[targets != -1], targets[targets != -1]               # (n, D)
+        elif keep != "all" if isinstance(keep, str) else True:
+            keep = keep if isinstance(keep, Tensor) else (targets.flatten() != -1).nonzero()[:, 0]
+            x, targets = x.flatten(0, 1)[keep], None if targets is None else targets.flatten()[keep]  # (n, D)
         logits, loss = self.output(self.norm(x)), None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, -2).to(self.dtype), targets.flatten(), ignore_index=-1,

@@ -20,7 +20,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import reference  # noqa: E402
 from data.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from data.tokenizer import load  # noqa: E402
-from lm2 import LM2, PRESETS, LM2Config  # noqa: E402
+from lm2 import LM2, PRESETS, LM2Config, turn_table  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -429,8 +429,9 @@ def test_the_angles_keep_short_waves_slow_long_ones_and_are_as_exact_in_a_bfloat
     assert ratio[0] == pytest.approx(1) and 1 / 8 < ratio[1] < 0.99
     assert ratio[2:] == pytest.approx([1 / 8, 1 / 8])
     for dtype in (torch.float32, torch.float64, torch.bfloat16):  # bfloat16 would turn far tokens wrongly
-        turn = LM2(cfg).to(dtype).turns(0, 50)
-        for ours, exact in zip((turn.real, turn.imag), reference.tables(cfg)):
+        model = LM2(cfg).to(dtype)
+        turn = turn_table(model.freq, 50, model.dtype, torch.device("cpu"))
+        for ours, exact in zip(turn.unbind(-1), reference.tables(cfg)):
             near(ours.double(), torch.tensor(exact, dtype=torch.float64), 1e-12 if dtype == torch.float64 else 1e-6)
 
 
