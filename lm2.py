@@ -393,8 +393,8 @@ class LM2(nn.Module):
             raise ValueError(f"segment_len {S} must lie between 1 and the model's {c.segment_len}")
         new, kv = self.norm.weight.new_zeros, (batch, S, c.n_kv_head, c.n_embd // c.n_head)
         blocks = [BlockState(k=new(kv), v=new(kv)) if b.memory is None else
-                  BlockState(new(kv), new(kv), b.memory.initial_bank(batch),
-                             *(new(batch, n, c.n_embd) for n in (c.n_slot, c.n_slot, S, S))) for b in self.layers]
+                  BlockState(new(kv), new(kv), b.memory.initial_bank(batch), *(
+                      new(batch, n, c.n_embd) for n in (c.n_slot, c.n_slot, S, S))) for b in self.layers]
         return LM2State(blocks)
 
     def check_state(self, state: LM2State, rows: int, segment_len: int | None) -> None:

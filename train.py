@@ -10,21 +10,19 @@ Writes ckpt.pt, metrics.jsonl and, of the table of accuracy against length that 
 """
 import json
 import math
-import random
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from babilong_eval import evaluate
 from data import background
 from data.babi import TASKS
 from data.babilong import Builder
+from data.batches import Batches, Maker, Stage
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.cli import Parser, one_line
 from data.device import keep_freed_memory, pick_device
@@ -49,7 +47,7 @@ class TrainConfig:
     plain: float = 0.1                  # share of batches without background later on, so 0k is not forgotten
     leave_at: float = 0.9               # share of right answers to its longest documents that ends a stage
     leave_plain_at: float = 0.95        # ... this share in stages without background ...
-    leave_window: int = 24              # ... over so many of its latest batches
+    leave_window: int = 24              # ... over so many of its latest batches, asked at log_every
     stage_steps: int = 1500             # ... or after so many steps
     lr: float = 2e-3                    # learning rate
     schedule: str = "trapezoid"         # after the warm-up: trapezoid (constant, then linear to 0) or cosine
@@ -63,8 +61,11 @@ class TrainConfig:
     background: str | None = None       # folder of .txt files to hide facts in; None: Python's documentation
     device: str = "auto"                # auto, cpu or cuda
     threads: int = 0                    # CPU threads; 0 leaves PyTorch's choice
+    workers: int | None = None          # processes that make batches ahead; None: 4 with CUDA, else 0
+    compile: bool = False               # torch.compile: minutes at first, then faster; a CPU needs g++
+    recompute: bool = False             # activation checkpointing: less memory, a third more work
     minutes: float | None = None        # stop after so long, save and evaluate; --resume goes on
-    log_every: int = 20                 # steps between lines of metrics.jsonl
+    log_every: int = 20                 # steps between lines of metrics.jsonl, at which stages may end
     eval_every: int = 2_000_000         # tokens between validations
     eval_n: int = 32                    # samples a length in a validation
     table_lengths: str = "0k 1k 2k 4k 8k 16k"  # of the table at the end, tokens of facts + background
@@ -79,7 +80,7 @@ class TrainConfig:
                 ("plain", 0, 1), ("leave_at", 0, 1), ("leave_plain_at", 0, 1), ("beta2", 0, 0.999999),
                 ("decay", 1e-9, 1), ("weight_decay", 0, math.inf), ("warmup", 0, math.inf),
                 ("lr", 1e-12, 1e3), ("clip", 1e-12, 1e12),
-                ("threads", 0, 4096), ("seed", 0, 2**32 - 1), ("minutes", 0, math.inf)):
+                ("threads", 0, 4096), ("workers", 0, 256), ("seed", 0, 2**32 - 1), ("minutes", 0, math.inf)):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"--{name} {value} must lie between {low:g} and {high:g}")
@@ -92,50 +93,6 @@ class TrainConfig:
         for task in self.tasks.split() or [""]:
             if task not in TASKS:
                 raise ValueError(f"--tasks {task!r} is unknown: choose from {' '.join(TASKS)}")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Documents of 2 .. `facts` facts in 1 .. `segments` segments (more where the facts need them)."""
-    facts: int                          # most facts in a document
-    segments: int                       # most segments; 0: the facts alone, without background
-    segment_len: int                    # tokens in a segment: short first, an update of the memory costs less
-
-    def __str__(self) -> str:
-        return f"{self.facts} facts" + f" in {self.segments} x {self.segment_len}" * (self.segments > 0)
-
-    @staticmethod
-    def parse(text: str, longest: int) -> "Stage":
-        try:
-            facts, segments, *rest = (int(x) for x in text.split(":"))
-            stage = Stage(facts, segments, rest[0] if rest else longest)
-        except (ValueError, TypeError):
-            raise ValueError(f"--stages: {text!r} is not facts:segments or facts:segments:tokens") from None
-        if stage.facts < 2 or stage.segments < 0 or not 1 <= stage.segment_len <= longest or len(rest) > 1:
-            raise ValueError(f"--stages: {text!r} needs 2 facts or more, segments of 1 to {longest} tokens")
-        return stage
-
-
-def make_batch(builder: Builder, tasks: list[str], stage: Stage, c: TrainConfig, rng: random.Random
-               ) -> tuple[Tensor, Tensor, int]:
-    """idx and targets (B, T) of documents of about as many segments, padded on the right, and how many."""
-    S = stage.segment_len
-    bare = stage.segments == 0 or rng.random() < c.plain
-    segments = stage.segments if rng.random() < 0.5 else 1 + int(rng.random() * stage.segments)
-    segments = 0 if bare else max(1, segments)      # half of those with background are the stage's longest
-    size = max(1, min(c.batch_size, c.batch_tokens // (S * max(1, segments))))
-    room = (0, 0) if bare else ((segments - 1) * S + 1, segments * S)
-    documents = []
-    for _ in range(size):  # half of them with all the facts
-        facts = stage.facts if rng.random() < 0.5 else 2 + int(rng.random() * (stage.facts - 1))
-        documents.append(builder.lesson(tasks, facts, room, rng))
-    T = max(len(d.ids) for d in documents)
-    idx, targets = np.zeros((size, T), np.int64), np.full((size, T), -1, np.int64)
-    for row, d in enumerate(documents):
-        idx[row, :len(d.ids)] = d.ids
-        for start, stop in d.answers:  # each position is asked for the token behind it
-            targets[row, start - 1:stop - 1] = d.ids[start:stop]
-    return torch.from_numpy(idx), torch.from_numpy(targets), segments
 
 
 def learning_rate(c: TrainConfig, step: int, done: float) -> float:
@@ -152,7 +109,8 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
     parser = Parser("train.py", __doc__.split("\n")[0])
     parser.add_argument("--resume", action="store_true",
                         help="go on from out_dir/ckpt.pt with its configuration; only out_dir, minutes, "
-                             "device, threads, log_every, eval_* and table_* may be given anew (default off)")
+                             "device, threads, workers, compile, recompute, eval_*, table_* may be given anew "
+                             "(default off)")
     parser.add_fields(TrainConfig)
     parser.add_fields(LM2Config, skip=("vocab_size", "rope_scaling"), shown=PRESETS["cpu"])
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
@@ -163,7 +121,8 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
     return c, sizes, resume, given
 
 
-ANEW = set("out_dir minutes device threads log_every eval_every eval_n table_lengths table_n".split())
+ANEW = set("out_dir minutes device threads workers compile recompute eval_every eval_n table_lengths table_n"
+           .split())
 
 
 class Trainer:
@@ -176,7 +135,7 @@ class Trainer:
             if fixed := sorted(set(given) - ANEW):
                 raise ValueError(f"--resume takes --{fixed[0]} from the checkpoint: leave that flag out")
             self.model, self.tokenizer, saved = load_checkpoint(self.ckpt)
-            if not {"train", "optimizer", "recent", "rng", "progress"} <= set(saved):
+            if not {"train", "optimizer", "recent", "progress"} <= set(saved):
                 raise ValueError(f"{self.ckpt} holds a model but no training to resume")
             anew = dict(minutes=None) | given  # the time limit was that of the earlier call
             try:
@@ -204,14 +163,19 @@ class Trainer:
         self.model.to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.optimizer_groups(c.weight_decay), lr=c.lr,
                                            betas=(0.9, c.beta2), fused=True)
-        self.rng = random.Random(c.seed + 1)
+        if c.compile:
+            self.model.compile()
         self.step = self.tokens = self.stage = self.stage_step = 0
         self.seconds, self.recent = 0.0, deque(maxlen=c.leave_window)
         if resume:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step, self.tokens, self.stage, self.stage_step, self.seconds = saved["progress"]
             self.recent.extend(saved["recent"])
-            self.rng.setstate((saved["rng"][0], tuple(saved["rng"][1]), saved["rng"][2]))
+        maker = Maker(self.train_set, tuple(self.tasks), c.batch_size, c.batch_tokens, c.plain, c.seed)
+        cuda, workers = self.device.type == "cuda", c.workers
+        self.batches = Batches(maker, self.stages[self.stage], self.step * c.accumulate,
+                               4 * cuda if workers is None else workers, pin=cuda)
+        self.pending: list[tuple] = []  # of each step since the last line: numbers still on the device
         out.mkdir(parents=True, exist_ok=True)
         path, kept = out / "metrics.jsonl", []
         if resume and path.is_file():  # a run that was killed logged steps that are taken again now
@@ -221,10 +185,10 @@ class Trainer:
         self.metrics.writelines(kept)
 
     def save(self) -> None:
-        version, numbers, gauss = self.rng.getstate()
+        if self.pending:
+            self.collect()
         save_checkpoint(self.ckpt, self.model, self.tokenizer, train=asdict(self.c),
                         optimizer=self.optimizer.state_dict(), recent=list(self.recent),
-                        rng=[version, list(numbers), gauss],
                         progress=[self.step, self.tokens, self.stage, self.stage_step, self.seconds])
 
     def log(self, **values) -> None:
@@ -232,34 +196,51 @@ class Trainer:
         self.metrics.write(json.dumps(now | values) + "\n")
         self.metrics.flush()
 
-    def train_step(self) -> dict:
-        """One step of the optimiser on `accumulate` micro-batches; the numbers of it."""
-        c, stage, losses, hits, asked = self.c, self.stages[self.stage], [], 0, 0
-        lr = learning_rate(c, self.step, self.tokens / c.tokens)
+    def train_step(self) -> None:
+        """One step of the optimiser on `accumulate` micro-batches. Nothing in it waits for the device: its
+        numbers go to `pending`."""
+        c, segment_len = self.c, self.stages[self.stage].segment_len
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(c, self.step, self.tokens / c.tokens)
+        losses, shares, hits, asked = [], [], 0, 0
         for _ in range(c.accumulate):
-            idx, targets, segments = make_batch(self.train_set, self.tasks, stage, c, self.rng)
-            idx, targets = idx.to(self.device), targets.to(self.device)
+            batch = next(self.batches)
+            count = int(batch.words.sum())          # on the host
+            batch = batch.to(self.device)
             with self.autocast:
-                logits, loss, _ = self.model(idx, targets, keep="targets", segment_len=stage.segment_len)
+                logits, loss, _ = self.model(batch.idx, batch.targets, keep=batch.keep,
+                                             segment_len=segment_len, recompute=c.recompute)
             (loss / c.accumulate).backward()
-            wanted = targets[targets != -1]
-            words = wanted != self.tokenizer.eot
-            right, count = int((logits.argmax(-1) == wanted)[words].sum()), int(words.sum())
-            losses.append(loss.item())
+            wanted = batch.targets.flatten()[batch.keep]
+            right = ((logits.argmax(-1) == wanted) & batch.words).sum()
+            losses.append(loss.detach())
             hits, asked = hits + right, asked + count
-            self.tokens += idx.numel()
-            if segments == stage.segments:
-                self.recent.append(right / count)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip).item()
-        if not math.isfinite(norm):
-            raise ValueError(f"the gradient is {norm} at step {self.step}: lower --lr, --resume if you can")
+            self.tokens += batch.idx.numel()
+            if batch.longest:
+                shares.append(right / count)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step, self.stage_step = self.step + 1, self.stage_step + 1
-        return dict(loss=sum(losses) / len(losses), accuracy=hits / asked, lr=lr, stage=self.stage,
-                    grad_norm=norm)
+        numbers = torch.stack([norm, sum(losses) / len(losses), hits / asked, *shares])
+        self.pending.append((len(shares), numbers))
+
+    def collect(self) -> dict:
+        """Fetch the numbers of the pending steps: the mean loss and the last step's others. ValueError for a
+        gradient that is not finite, before anything is saved."""
+        sizes, values = [n for n, _ in self.pending], torch.cat([x for _, x in self.pending]).tolist()
+        self.pending.clear()
+        losses = []
+        for i, n in enumerate(sizes):
+            norm, loss, accuracy, *shares = values[:3 + n]
+            values = values[3 + n:]
+            if not math.isfinite(norm):
+                raise ValueError(f"the gradient is {norm} at step {self.step - len(sizes) + i}: lower --lr, "
+                                 "--resume if you can")
+            losses.append(loss)
+            self.recent.extend(shares)
+        return dict(loss=sum(losses) / len(losses), accuracy=accuracy, stage=self.stage, grad_norm=norm,
+                    lr=self.optimizer.param_groups[0]["lr"])
 
     def next_stage(self) -> str | None:
         """Leave the stage if it is learned or its steps are spent; a line to print if so."""
@@ -271,6 +252,7 @@ class Trainer:
             return None
         self.stage, self.stage_step = self.stage + 1, 0
         self.recent.clear()
+        self.batches.enter(self.stages[self.stage])
         return (f"{self.seconds:5.0f} s, {self.tokens / 1e6:4.1f} M tokens: {left} {mean:.0%} after "
                 f"{steps} steps, now {self.stages[self.stage]}")
 
@@ -291,35 +273,40 @@ class Trainer:
         c, began, before = self.c, time.perf_counter(), self.seconds
         bar = tqdm(total=c.tokens, initial=self.tokens, unit="tok", unit_scale=True, disable=None,
                    smoothing=0.05)
-        losses, start = [], self.tokens
+        validated, rates, logged = self.tokens // c.eval_every, [], (self.tokens, self.seconds)
         while True:
+            self.seconds = before + time.perf_counter() - began
             last = (self.tokens >= c.tokens
                     or (c.minutes is not None and self.seconds - before >= 60 * c.minutes))
-            if last or self.tokens // c.eval_every > start // c.eval_every:
+            due = last or self.tokens // c.eval_every > validated
+            if self.pending and (due or self.step % c.log_every == 0):
+                numbers = self.collect()
+                self.seconds = before + time.perf_counter() - began
+                rates.append((self.tokens - logged[0]) / (self.seconds - logged[1]))
+                self.log(**{k: round(v, 6) for k, v in numbers.items()}, tokens_per_second=round(rates[-1]))
+                bar.set_postfix(loss=f"{numbers['loss']:.3f}", acc=f"{numbers['accuracy']:.2f}",
+                                lr=f"{numbers['lr']:.1e}", stage=f"{self.stage + 1}/{len(self.stages)}")
+                if self.step % c.log_every == 0 and (line := self.next_stage()):
+                    tqdm.write(line)
+                logged = self.tokens, before + time.perf_counter() - began
+            if due:
+                validated = self.tokens // c.eval_every
                 if not last:
                     right = self.validate()
                     self.log(validation=right)
                     tqdm.write(f"{self.seconds:5.0f} s, {self.tokens / 1e6:4.1f} M tokens: validation "
                                + ", ".join(f"{cell} {100 * x:.0f} %" for cell, x in right.items()))
+                    logged = self.tokens, before + time.perf_counter() - began
                 self.save()
             if last:
                 break
             start = self.tokens
-            numbers = self.train_step()
-            self.seconds = before + time.perf_counter() - began
-            losses.append(numbers["loss"])
+            self.train_step()
             bar.update(self.tokens - start)
-            if line := self.next_stage():
-                tqdm.write(line)
-            if self.step % c.log_every == 0 or self.tokens >= c.tokens:
-                numbers["loss"] = sum(losses) / len(losses)
-                losses.clear()
-                self.log(**{k: round(v, 6) for k, v in numbers.items()})
-                bar.set_postfix(loss=f"{numbers['loss']:.3f}", acc=f"{numbers['accuracy']:.2f}",
-                                lr=f"{numbers['lr']:.1e}", stage=f"{self.stage + 1}/{len(self.stages)}")
         bar.close()
+        rate = f" ({sorted(rates)[len(rates) // 2]:,.0f} tokens/s)" if rates else ""  # the median: no warm-up
         print(f"trained {self.tokens / 1e6:.1f} M tokens in {self.step} steps and {self.seconds / 60:.1f} "
-              f"minutes; wrote {self.ckpt}", flush=True)
+              f"minutes{rate}; wrote {self.ckpt}", flush=True)
         rows = self.evaluate(self.table_lengths, c.table_n, 0, ("on", "off"), show=True)
         save(rows, self.ckpt.with_name("table.jsonl"))
         print(table(cells(rows)))

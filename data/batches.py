@@ -1,0 +1,147 @@
+"""Training batches: documents of a stage of the curriculum, padded to equal length, made while a step runs.
+
+    from data.batches import Batches, Stage
+    python -m data.batches --stage 10:8:64 --n 20            # how fast they are made
+
+Writes nothing. A batch is a function of the seed, its number and the stage, so that worker processes, however
+many, and a resumed run see the same ones.
+"""
+import random
+import time
+from dataclasses import dataclass
+from typing import Iterator, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data.babilong import Builder
+from data.cli import Parser, one_line
+from data.tokenizer import load
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Documents of 2 .. `facts` facts in 1 .. `segments` segments (more where the facts need them)."""
+    facts: int                          # most facts in a document
+    segments: int                       # most segments; 0: the facts alone, without background
+    segment_len: int                    # tokens in a segment: short first, an update of the memory costs less
+
+    def __str__(self) -> str:
+        return f"{self.facts} facts" + f" in {self.segments} x {self.segment_len}" * (self.segments > 0)
+
+    @staticmethod
+    def parse(text: str, longest: int) -> "Stage":
+        """"10:8:64" or, with segments of the model's length `longest`, "10:8"."""
+        try:
+            facts, segments, *rest = (int(x) for x in text.split(":"))
+            stage = Stage(facts, segments, rest[0] if rest else longest)
+        except (ValueError, TypeError):
+            raise ValueError(f"--stages: {text!r} is not facts:segments or facts:segments:tokens") from None
+        if stage.facts < 2 or stage.segments < 0 or not 1 <= stage.segment_len <= longest or len(rest) > 1:
+            raise ValueError(f"--stages: {text!r} needs 2 facts or more, segments of 1 to {longest} tokens")
+        return stage
+
+
+class Batch(NamedTuple):
+    idx: Tensor                         # (B, T) int64, padded on the right, with background to whole segments
+    targets: Tensor                     # (B, T) int64, -1 where nothing is asked
+    keep: Tensor                        # (n,) int64: flat positions of idx whose next token is asked for
+    words: Tensor                       # (n,) bool: those that are asked for a word, not for the answer's end
+    longest: bool                       # whether its documents are the stage's longest
+
+    def to(self, device: torch.device) -> "Batch":
+        """On a device, without waiting where the batch is pinned."""
+        moved = (x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self)
+        return Batch(*moved)
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes the batches of a run: `maker[stage, number]`."""
+    builder: Builder
+    tasks: tuple[str, ...]              # bAbI tasks, each as likely
+    size: int                           # most documents in a batch
+    tokens: int                         # most tokens in a batch: long documents come in smaller ones
+    plain: float                        # share of batches without background where the stage has some
+    seed: int
+
+    def __getitem__(self, key: tuple[Stage, int]) -> tuple[tuple[Stage, int], Batch]:
+        (stage, number), S = key, key[0].segment_len
+        rng = random.Random(f"{self.seed} {number}")
+        bare = stage.segments == 0 or rng.random() < self.plain
+        segments = stage.segments if rng.random() < 0.5 else 1 + int(rng.random() * stage.segments)
+        segments = 0 if bare else max(1, segments)  # half of those with background are the stage's longest
+        size = max(1, min(self.size, self.tokens // (S * max(1, segments))))
+        room = (0, 0) if bare else ((segments - 1) * S + 1, segments * S)
+        documents = []
+        for _ in range(size):  # half of them with all the facts
+            facts = stage.facts if rng.random() < 0.5 else 2 + int(rng.random() * (stage.facts - 1))
+            documents.append(self.builder.lesson(self.tasks, facts, room, rng))
+        T = max(len(d.ids) for d in documents)
+        T = T if bare else -(-T // S) * S           # whole segments: one pass, and few different shapes
+        idx, targets = np.zeros((size, T), np.int64), np.full((size, T), -1, np.int64)
+        for row, d in enumerate(documents):
+            idx[row, :len(d.ids)] = d.ids
+            for start, stop in d.answers:  # each position is asked for the token behind it
+                targets[row, start - 1:stop - 1] = d.ids[start:stop]
+        keep = np.flatnonzero(targets != -1)
+        words = targets.flat[keep] != self.builder.tokenizer.eot
+        return key, Batch(*map(torch.from_numpy, (idx, targets, keep, words)), segments == stage.segments)
+
+
+def as_it_is(item):
+    """DataLoader's own conversion would turn tuples into lists."""
+    return item
+
+
+class Batches:
+    """The batches of a run in turn, in the stage that `stage` says: `next(batches)`. Workers make them ahead;
+    those of a stage that has been left meanwhile are thrown away and their numbers made again."""
+
+    def __init__(self, maker: Maker, stage: Stage, number: int = 0, workers: int = 0, pin: bool = False):
+        self.stage, self.number = stage, number     # number: of the next batch to come out
+        self.given = number                         # of the next one to be ordered
+        self.loader = iter(DataLoader(maker, batch_size=None, sampler=self.orders(), num_workers=workers,
+                                      pin_memory=pin, collate_fn=as_it_is,
+                                      prefetch_factor=4 if workers else None))
+
+    def orders(self) -> Iterator[tuple[Stage, int]]:
+        while True:
+            self.given += 1
+            yield self.stage, self.given - 1
+
+    def enter(self, stage: Stage) -> None:
+        """From the next batch on."""
+        self.stage, self.given = stage, self.number
+
+    def __next__(self) -> Batch:
+        while True:
+            key, batch = next(self.loader)
+            if key == (self.stage, self.number):
+                self.number += 1
+                return batch
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("python -m data.batches", __doc__.split("\n")[0])
+    parser.add_argument("--tasks", nargs="+", default=["qa1"], help="bAbI tasks (default qa1)")
+    parser.add_argument("--stage", default="10:16", help="facts:segments[:tokens a segment] (default 10:16)")
+    parser.add_argument("--workers", type=int, default=0, help="processes (default 0: this one)")
+    parser.add_argument("--n", type=int, default=50, help="batches (default 50)")
+    args = parser.parse_args(argv)
+    with one_line("python -m data.batches"):
+        stage = Stage.parse(args.stage, 128)
+        maker = Maker(Builder(load(), "train"), tuple(args.tasks), 32, 32768, 0.1, 0)
+        batches, tokens = Batches(maker, stage, workers=args.workers), 0
+        next(batches)
+        start = time.perf_counter()
+        for _ in range(args.n):
+            tokens += next(batches).idx.numel()
+        seconds = time.perf_counter() - start
+        print(f"{stage}: {1e3 * seconds / args.n:.2f} ms a batch, {tokens / seconds:,.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    main()
