@@ -160,17 +160,6 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
     return pairs.flatten(-2).to(x.dtype)
 
 
-def joint(x: Tensor, *layers: nn.Linear) -> Tensor:
-    """Outputs of several layers for one x, side by side: one product where that pays for joining weights."""
-    if x.shape[:-1].numel() < x.shape[-1]:  # few tokens
-        return torch.cat([layer(x) for layer in layers], dim=-1)
-    weight, bias = torch.cat([layer.weight for layer in layers]), None
-    if any(layer.bias is not None for layer in layers):
-        bias = torch.cat([weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
-                          for layer in layers])
-    return F.linear(x, weight, bias)
-
-
 def store(buffer: Tensor, new: Tensor, fill: int, owned: bool) -> Tensor:
     """`buffer` (B, S, ...) with `new` (B, n, ...) at fill .. fill + n; a copy unless the caller owns it."""
     buffer = buffer if owned else buffer.clone()
@@ -192,9 +181,8 @@ class Attention(nn.Module):
         """x (R, T, D), rows independent -> output (R, T, D) and the keys and values, or with cache = (k, v,
         fill, owned) the buffers with them stored behind the `fill` tokens that the segment already has."""
         R, T, D = x.shape
-        qk, v = joint(x, self.wq, self.wk, self.wv).unflatten(-1, (-1, self.width)).split(
-            [self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
-        q, k = rotate(qk, turn).split([self.n_head, self.n_kv_head], dim=2)     # (R, T, heads, D/H)
+        q, k, v = (layer(x).unflatten(-1, (-1, self.width)) for layer in (self.wq, self.wk, self.wv))
+        q, k = rotate(q, turn), rotate(k, turn)                                 # (R, T, heads, D/H)
         mask, fill, keys, values = None, 0, k, v
         if cache is not None:
             fill = cache[2]
@@ -234,12 +222,11 @@ class Memory(nn.Module):
     def tokens(self, x: Tensor, trace: dict | None) -> tuple[Tensor, Tensor]:
         """The token side: x (R, T, D) -> queries and gated candidates, each (R, T, D)."""
         E = self.token_norm(x)                    # paper silent: the query is the stream after self-attention
-        g_in, c = joint(E, self.w_in, self.w_write).chunk(2, dim=-1)    # apart from wq: not all are written
-        g_in = torch.sigmoid(g_in)                                              # Eq. (4), one gate a token
+        g_in = torch.sigmoid(self.w_in(E))                                      # Eq. (4), one gate a token
         if trace is not None:
             trace.update(g_in=g_in)
         # differs from paper: tanh(E w_write), not tanh(E_mem), which holds nothing of the tokens
-        return self.wq(E), g_in * torch.tanh(c)
+        return self.wq(E), g_in * torch.tanh(self.w_write(E))
 
     def slots(self, M: Tensor) -> Tensor:
         """norm(M) (B, N, D) in the dtype of the weights: what keys and values are made of."""
@@ -288,8 +275,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(cfg.n_embd, cfg.ffn_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = joint(x, self.w1, self.w3).chunk(2, dim=-1)
-        return self.w2(F.silu(a) * b)
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):

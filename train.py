@@ -109,8 +109,8 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
     parser = Parser("train.py", __doc__.split("\n")[0])
     parser.add_argument("--resume", action="store_true",
                         help="go on from out_dir/ckpt.pt with its configuration; only out_dir, minutes, "
-                             "device, threads, workers, compile, recompute, eval_*, table_* may be given anew "
-                             "(default off)")
+                             "device, threads, workers, compile, recompute, eval_*, table_* may be given "
+                             "anew (default off)")
     parser.add_fields(TrainConfig)
     parser.add_fields(LM2Config, skip=("vocab_size", "rope_scaling"), shown=PRESETS["cpu"])
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
