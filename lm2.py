@@ -74,7 +74,7 @@ class LM2Config:
 
 
 PRESETS: dict[str, dict] = {
-    "cpu": dict(rope_theta=1000.0),  # train.py's default: learns on two CPU cores in minutes
+    "cpu": dict(n_layer=3, rope_theta=1000.0),  # train.py's default: learns on two CPU cores in minutes
     "lm2-1.7b": dict(  # paper: Llama-3.2-1B's shape, 2,048 slots in every block, 1.24 B + 0.47 B parameters
         vocab_size=128256, n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, ffn_dim=8192, segment_len=2048,
         n_slot=2048, n_mem_head=32, rope_theta=500000.0, tie_embeddings=True, rope_scaling=dict(
@@ -353,7 +353,6 @@ class LM2(nn.Module):
         """Compile in place what whole segments pass through, with torch.compile's options: three graphs a
         block, without breaks, shared by all blocks; the loop over segments stays outside, so that a longer
         document needs no other graph. Open segments, and calls with a trace, run as they are."""
-        torch._dynamo.config.recompile_limit = 64   # a graph for each segment length, with gradients or not
         for block in self.layers:
             parts = block.before, block.memory and block.memory.step, block.after
             block.fast = tuple(part and torch.compile(part, fullgraph=True, **options) for part in parts)

@@ -40,10 +40,12 @@ class TrainConfig:
     out_dir: str = "out"                # folder for ckpt.pt, metrics.jsonl and table.jsonl
     tasks: str = "qa1"                  # bAbI tasks to train on and to evaluate, with spaces between
     stages: str = "2:0 4:0 10:0 4:2:32 4:3:32 10:4:32 10:8:32 10:8:64 10:16:64 10:8 10:16"  # see Stage
-    tokens: int = 10_000_000            # tokens to train on, all stages; the learning rate ends at 0 there
+    tokens: int = 10_000_000            # tokens to train on at most; the learning rate ends at 0 there ...
+    final_tokens: int = 1_500_000       # ... or after so many in the last stage, whichever comes first
     batch_size: int = 32                # most documents in a micro-batch
-    batch_tokens: int = 32768           # most tokens in a micro-batch: long documents come in smaller ones
+    batch_tokens: int = 8192            # most tokens in a micro-batch: long documents come in smaller ones
     accumulate: int = 1                 # micro-batches a step
+    asides: int = 3                     # half of the documents are asked at 1 to so many earlier points too
     plain: float = 0.1                  # share of batches without background later on, so 0k is not forgotten
     leave_at: float = 0.9               # share of right answers to its longest documents that ends a stage
     leave_plain_at: float = 0.95        # ... this share in stages without background ...
@@ -65,14 +67,14 @@ class TrainConfig:
     compile: bool = False               # torch.compile: minutes at first, then faster; a CPU needs g++
     recompute: bool = False             # activation checkpointing: less memory, a third more work
     minutes: float | None = None        # stop after so long, save and evaluate; --resume goes on
-    log_every: int = 20                 # steps between lines of metrics.jsonl, at which stages may end
+    log_every: int = 10                 # steps between lines of metrics.jsonl, at which stages may end
     eval_every: int = 2_000_000         # tokens between validations
     eval_n: int = 32                    # samples a length in a validation
     table_lengths: str = "0k 1k 2k 4k 8k 16k"  # of the table at the end, tokens of facts + background
     table_n: int = 200                  # samples a cell of that table
 
     def __post_init__(self):
-        for name in ("tokens", "batch_size", "batch_tokens", "accumulate", "leave_window", "stage_steps",
+        for name in ("tokens", "final_tokens", "batch_size", "batch_tokens", "accumulate", "leave_window", "stage_steps",
                      "log_every", "eval_every", "eval_n", "table_n"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
@@ -80,7 +82,8 @@ class TrainConfig:
                 ("plain", 0, 1), ("leave_at", 0, 1), ("leave_plain_at", 0, 1), ("beta2", 0, 0.999999),
                 ("decay", 1e-9, 1), ("weight_decay", 0, math.inf), ("warmup", 0, math.inf),
                 ("lr", 1e-12, 1e3), ("clip", 1e-12, 1e12),
-                ("threads", 0, 4096), ("workers", 0, 256), ("seed", 0, 2**32 - 1), ("minutes", 0, math.inf)):
+                ("threads", 0, 4096), ("workers", 0, 256), ("asides", 0, 1000), ("seed", 0, 2**32 - 1),
+                ("minutes", 0, math.inf)):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"--{name} {value} must lie between {low:g} and {high:g}")
@@ -166,12 +169,14 @@ class Trainer:
         if c.compile:
             self.model.compile()
         self.step = self.tokens = self.stage = self.stage_step = 0
+        self.end = c.tokens
         self.seconds, self.recent = 0.0, deque(maxlen=c.leave_window)
         if resume:
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.step, self.tokens, self.stage, self.stage_step, self.seconds = saved["progress"]
+            self.step, self.tokens, self.end, self.stage, self.stage_step, self.seconds = saved["progress"]
             self.recent.extend(saved["recent"])
-        maker = Maker(self.train_set, tuple(self.tasks), c.batch_size, c.batch_tokens, c.plain, c.seed)
+        maker = Maker(self.train_set, tuple(self.tasks), c.batch_size, c.batch_tokens, c.plain, c.asides,
+                      c.seed)
         cuda, workers = self.device.type == "cuda", c.workers
         self.batches = Batches(maker, self.stages[self.stage], self.step * c.accumulate,
                                4 * cuda if workers is None else workers, pin=cuda)
@@ -189,7 +194,8 @@ class Trainer:
             self.collect()
         save_checkpoint(self.ckpt, self.model, self.tokenizer, train=asdict(self.c),
                         optimizer=self.optimizer.state_dict(), recent=list(self.recent),
-                        progress=[self.step, self.tokens, self.stage, self.stage_step, self.seconds])
+                        progress=[self.step, self.tokens, self.end, self.stage, self.stage_step,
+                                  self.seconds])
 
     def log(self, **values) -> None:
         now = dict(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 1))
@@ -201,7 +207,7 @@ class Trainer:
         numbers go to `pending`."""
         c, segment_len = self.c, self.stages[self.stage].segment_len
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(c, self.step, self.tokens / c.tokens)
+            group["lr"] = learning_rate(c, self.step, self.tokens / self.end)
         losses, shares, hits, asked = [], [], 0, 0
         for _ in range(c.accumulate):
             batch = next(self.batches)
@@ -242,6 +248,11 @@ class Trainer:
         return dict(loss=sum(losses) / len(losses), accuracy=accuracy, stage=self.stage, grad_norm=norm,
                     lr=self.optimizer.param_groups[0]["lr"])
 
+    def aim(self) -> None:
+        """In the last stage the end is in sight."""
+        if self.stage + 1 == len(self.stages):
+            self.end = min(self.end, self.tokens + self.c.final_tokens)
+
     def next_stage(self) -> str | None:
         """Leave the stage if it is learned or its steps are spent; a line to print if so."""
         c, full = self.c, len(self.recent) == self.c.leave_window
@@ -253,6 +264,7 @@ class Trainer:
         self.stage, self.stage_step = self.stage + 1, 0
         self.recent.clear()
         self.batches.enter(self.stages[self.stage])
+        self.aim()
         return (f"{self.seconds:5.0f} s, {self.tokens / 1e6:4.1f} M tokens: {left} {mean:.0%} after "
                 f"{steps} steps, now {self.stages[self.stage]}")
 
@@ -276,7 +288,7 @@ class Trainer:
         validated, rates, logged = self.tokens // c.eval_every, [], (self.tokens, self.seconds)
         while True:
             self.seconds = before + time.perf_counter() - began
-            last = (self.tokens >= c.tokens
+            last = (self.tokens >= self.end
                     or (c.minutes is not None and self.seconds - before >= 60 * c.minutes))
             due = last or self.tokens // c.eval_every > validated
             if self.pending and (due or self.step % c.log_every == 0):

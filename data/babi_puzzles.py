@@ -5,7 +5,6 @@
 Writes nothing. Statements and odds are those of the released files (v1.2, English); where these do not show
 their rule, one was fitted to their counts: `fitted:`. A task is one function and one row of PUZZLES.
 """
-
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +43,10 @@ class Puzzle:
         events, plan = self.make(rng)
         return Story(events, [(at, question) for at, odds, n in plan
                               for question in rng.choices(list(odds), list(odds.values()), k=n)])
+
+    def everything(self, events: list[Event], rng: random.Random) -> list[Question]:
+        """Nothing: a puzzle is asked when its statements are complete."""
+        return []
 
     def lesson(self, n_facts: int, rng: random.Random) -> tuple[list[Event], list[Question]]:
         """A story up to one of its questions, and in random order what can be asked then, each text once.

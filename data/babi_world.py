@@ -3,10 +3,8 @@
     python -m data.babi --task qa5 --stories 2        # the command line of all tasks
 
 Writes nothing. Statements and odds are those of the released files (v1.2, English). The start is drawn, never
-told, so only what the text answers is asked. A task is one row of WORLD: a world of statements, a rule (what
-can be asked about a topic, at which odds) and the kinds of statement that suggest topics.
+told: only what the text answers is asked. A task is a row of WORLD: a world, a rule and what suggests topics.
 """
-
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -86,15 +84,18 @@ class Task:
                 questions.append((len(events), question))
         return Story(events, questions)
 
+    def everything(self, events: list[Event], rng: random.Random) -> list[Question]:
+        """Questions on every topic in the statements, in random order, each text once."""
+        odds = [self.rule(events, topic) for topic in dict.fromkeys(self.named(events))]
+        asked = (rng.choices(list(o), o.values()) if self.choose else o for o in odds if o)
+        return sorted({q.text: q for some in asked for q in some}.values(), key=lambda q: rng.random())
+
     def lesson(self, n_facts: int, rng: random.Random) -> tuple[list[Event], list[Question]]:
-        """n_facts statements, or more where so few allow no question, and in random order questions on every
-        topic in them, each text once: more to learn from one story."""
+        """n_facts statements, or more where so few allow no question, and every question on them."""
         for tries in count():
             events = list(islice(self.world(rng), n_facts + tries // 100))
-            odds = [self.rule(events, topic) for topic in dict.fromkeys(self.named(events))]
-            asked = (rng.choices(list(o), o.values()) if self.choose else o for o in odds if o)
-            if found := {question.text: question for questions in asked for question in questions}:
-                return events, sorted(found.values(), key=lambda question: rng.random())
+            if questions := self.everything(events, rng):
+                return events, questions
 
 
 def pick(rng: random.Random, options: Sequence):

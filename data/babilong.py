@@ -24,6 +24,7 @@ from data.tokenizer import Tokenizer, load
 VAL_SHARE = 10  # one story in ten is kept for validation
 CHARS = 4.4     # characters of an English GPT-2 token
 LESS = 300      # so many tokens under its name is a published length: "4k" holds 3,700 GPT-2 tokens
+Asides = Sequence[tuple[int, babi.Question]]  # questions within the context, with the facts before each
 COUNTS = ("own", "gpt2", "chars")  # what a length counts: the model's tokens, GPT-2's, 4.4 characters
 
 
@@ -79,10 +80,11 @@ class Builder:
             self.cache[sentence] = ids, self.size(" " + sentence, ids)
         return self.cache[sentence]
 
-    def story(self, task: str, n_facts: int | None, rng: random.Random
-              ) -> tuple[list[str], list[babi.Question]]:
+    def story(self, task: str, n_facts: int | None, rng: random.Random, asides: int = 0
+              ) -> tuple[list[str], list[babi.Question], Asides]:
         """Facts of a story of this part and questions on them: as bAbI asks (n_facts None), one; else
-        everything that can be asked after n_facts facts, or after more where so few allow no question."""
+        everything that can be asked after n_facts facts, or after more where so few allow no question, and
+        at so many earlier points some of what can be asked there."""
         if self.stories is not None:
             return self.story_read(task, n_facts, rng)
         rules = babi.TASKS[task]
@@ -95,10 +97,13 @@ class Builder:
                 events, questions = rules.lesson(n_facts, rng)
             texts = [e.text for e in events]
             if story_part(texts) == self.part:
-                return texts, questions
+                break
+        points = sorted(1 + int(rng.random() * (len(events) - 1)) for _ in range(asides * (len(events) > 2)))
+        found = [(n, rules.everything(events[:n], rng)) for n in points]
+        return texts, questions, [(n, q) for n, qs in found for q in qs[:1 + int(rng.random() * len(qs))]]
 
     def story_read(self, task: str, n_facts: int | None, rng: random.Random
-                   ) -> tuple[list[str], list[babi.Question]]:
+                   ) -> tuple[list[str], list[babi.Question], Asides]:
         """The same from original files: one of the questions that they ask, with n_facts facts before it or
         fewer, as far as there are such."""
         if task not in self.pools:
@@ -108,7 +113,7 @@ class Builder:
         pool, counts = self.pools[task]
         most = len(pool) if n_facts is None else bisect.bisect_right(counts, max(n_facts, counts[0]))
         n, story, question = pool[int(rng.random() * most)]
-        return [e.text for e in story.events[:n]], [question]
+        return [e.text for e in story.events[:n]], [question], []
 
     def background(self, length: float, rng: random.Random) -> list[np.ndarray]:
         """Consecutive sentences from a random start, `length` in all; goes round at the text's end."""
@@ -134,19 +139,26 @@ class Builder:
         text = self.gpt2.decode(self.gpt2.encode_ordinary(text)[:-int(over)])
         return np.array(self.tokenizer.encode(text), dtype=np.int64)
 
-    def assemble(self, texts: list[str], questions: list[babi.Question], length: float, rng: random.Random
-                 ) -> Document:
-        """Hide the facts in background: `length` counted together, or the facts alone if length is 0."""
+    def assemble(self, texts: list[str], questions: list[babi.Question], length: float, rng: random.Random,
+                 asides: Asides = ()) -> Document:
+        """Hide the facts in background: `length` counted together, or the facts alone if length is 0. Each
+        aside is asked and answered somewhere between the last fact that it knows and the next."""
         facts = [self.encode(t) for t in texts]
         noise = self.background(length - sum(size for _, size in facts), rng)
         gaps = sorted(int(rng.random() * (len(noise) + 1)) for _ in facts)
-        sentences, used = [], 0
-        for (ids, _), gap in zip(facts, gaps):
-            sentences += noise[used:gap] + [ids]
+        marks = [(gap, i, ids) for i, (gap, (ids, _)) in enumerate(zip(gaps, facts))]
+        ends = gaps + [len(noise)]
+        marks += [(ends[n - 1] + int(rng.random() * (ends[n] - ends[n - 1] + 1)), n - 0.5, question)
+                  for n, question in asides]                        # behind fact n - 1, before fact n
+        sentences, places, used = [], [], 0
+        for gap, order, what in sorted(marks, key=lambda mark: mark[:2]):
+            sentences += noise[used:gap]
+            if isinstance(order, int):
+                places.append(len(sentences))
+            sentences.append(what)
             used = gap
-        sentences += noise[used:]
-        return join(sentences, [gap + i for i, gap in enumerate(gaps)], texts, questions,
-                    lambda text: self.encode(text)[0], self.tokenizer.eot)
+        return join(sentences + noise[used:], places, texts, questions, lambda text: self.encode(text)[0],
+                    self.tokenizer.eot)
 
     def sample(self, task: str, length: int, rng: random.Random, tries: int = 1000) -> Document:
         """One question at the end of `length` tokens, as the benchmark asks it. Stories that do not fit are
@@ -155,24 +167,26 @@ class Builder:
             raise ValueError(f"task {task!r} is unknown: choose from {' '.join(babi.TASKS)}")
         room = length if self.count == "own" else length - LESS
         for _ in range(tries):
-            texts, questions = self.story(task, None, rng)
+            texts, questions, _ = self.story(task, None, rng)
             if length == 0 or sum(self.encode(t)[1] for t in texts) <= room:
                 return self.assemble(texts, questions, room if length else 0, rng)
         raise ValueError(f"length {length} is too short for the facts of {task}: give more tokens, "
                          "or 0 for no background")
 
     def lesson(self, tasks: Sequence[str], n_facts: int, room: tuple[int, int], rng: random.Random,
-               max_questions: int = 8) -> Document:
-        """A training document: n_facts facts and every question on them (max_questions at most), its length
-        drawn from room = (least, most) tokens; without background if most is 0 or the facts leave no room."""
-        texts, questions = self.story(tasks[int(rng.random() * len(tasks))], n_facts, rng)
+               max_questions: int = 8, asides: int = 0) -> Document:
+        """A training document: n_facts facts and every question on them (max_questions at most), some also
+        at `asides` points before; its length drawn from room = (least, most) tokens; without background if
+        most is 0 or the facts leave no room."""
+        texts, questions, early = self.story(tasks[int(rng.random() * len(tasks))], n_facts, rng, asides)
         questions = questions[:max_questions]
         facts = sum(len(self.encode(t)[0]) for t in texts)
-        tail = sum(len(self.encode(q.text)[0]) + len(self.encode(q.answer)[0]) + 1 for q in questions)
+        tail = sum(len(self.encode(q.text)[0]) + len(self.encode(q.answer)[0]) + 1
+                   for q in questions + [q for _, q in early])
         least = max(room[0] - tail, facts)
         most = room[1] - tail
         length = least + int(rng.random() * (most - least + 1)) if most > facts else 0
-        return self.assemble(texts, questions, length, rng)
+        return self.assemble(texts, questions, length, rng, early)
 
 
 def main(argv: list[str] | None = None) -> None:

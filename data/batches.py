@@ -65,6 +65,7 @@ class Maker:
     size: int                           # most documents in a batch
     tokens: int                         # most tokens in a batch: long documents come in smaller ones
     plain: float                        # share of batches without background where the stage has some
+    asides: int                         # half of the documents are asked at 1 to so many earlier points too
     seed: int
 
     def __getitem__(self, key: tuple[Stage, int]) -> tuple[tuple[Stage, int], Batch]:
@@ -75,10 +76,11 @@ class Maker:
         segments = 0 if bare else max(1, segments)  # half of those with background are the stage's longest
         size = max(1, min(self.size, self.tokens // (S * max(1, segments))))
         room = (0, 0) if bare else ((segments - 1) * S + 1, segments * S)
-        documents = []
+        documents, often = [], self.asides and stage.segments
         for _ in range(size):  # half of them with all the facts
             facts = stage.facts if rng.random() < 0.5 else 2 + int(rng.random() * (stage.facts - 1))
-            documents.append(self.builder.lesson(self.tasks, facts, room, rng))
+            asides = 1 + int(rng.random() * self.asides) if often and rng.random() < 0.5 else 0
+            documents.append(self.builder.lesson(self.tasks, facts, room, rng, asides=asides))
         T = max(len(d.ids) for d in documents)
         T = T if bare else -(-T // S) * S           # whole segments: one pass, and few different shapes
         idx, targets = np.zeros((size, T), np.int64), np.full((size, T), -1, np.int64)
@@ -118,8 +120,9 @@ class Batches:
 
     def __next__(self) -> Batch:
         while True:
-            key, batch = next(self.loader)
-            if key == (self.stage, self.number):
+            (stage, number), batch = next(self.loader)
+            if stage == self.stage:
+                assert number == self.number
                 self.number += 1
                 return batch
 
@@ -133,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_line("python -m data.batches"):
         stage = Stage.parse(args.stage, 128)
-        maker = Maker(Builder(load(), "train"), tuple(args.tasks), 32, 32768, 0.1, 0)
+        maker = Maker(Builder(load(), "train"), tuple(args.tasks), 32, 32768, 0.1, 3, 0)
         batches, tokens = Batches(maker, stage, workers=args.workers), 0
         next(batches)
         start = time.perf_counter()

@@ -85,17 +85,21 @@ class Document(NamedTuple):
                 need <= set(chosen) if need else None)
 
 
-def join(sentences: list[np.ndarray], places: list[int], texts: list[str], questions: list[Question],
-         encode: Callable[[str], Sequence[int]], eot: int) -> Document:
-    """The context's sentences, then each question with its answer and the end of text."""
-    cuts = np.cumsum([0] + [len(s) for s in sentences]).tolist()
-    pieces, answers, at = list(sentences), [], cuts[-1]
-    for q in questions:
-        asked, answer = encode(q.text), encode(q.answer)
-        pieces += [asked, answer, [eot]]
-        answers.append((at + len(asked), at + len(asked) + len(answer) + 1))
-        at = answers[-1][1]
-    return Document(np.concatenate(pieces, dtype=np.int64), answers, questions, places, texts, cuts)
+def join(sentences: list[np.ndarray | Question], places: list[int], texts: list[str],
+         questions: list[Question], encode: Callable[[str], Sequence[int]], eot: int) -> Document:
+    """The context's sentences, then the questions. A question, there or in between, brings its answer and the
+    end of text with it."""
+    pieces, answers, cuts, asked = [], [], [0], []
+    for piece in [*sentences, *questions]:
+        if isinstance(piece, Question):
+            text, answer = encode(piece.text), encode(piece.answer)
+            answers.append((cuts[-1] + len(text), cuts[-1] + len(text) + len(answer) + 1))
+            asked.append(piece)
+            piece = np.concatenate([text, answer, [eot]])
+        pieces.append(piece)
+        cuts.append(cuts[-1] + len(piece))
+    return Document(np.concatenate(pieces, dtype=np.int64), answers, asked, places, texts,
+                    cuts[:len(sentences) + 1])
 
 
 def from_text(tokenizer: Tokenizer, text: str, question: str, answer: str) -> Document:
