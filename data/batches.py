@@ -83,7 +83,8 @@ class Maker:
             documents.append(self.builder.lesson(self.tasks, facts, room, rng, asides=asides))
         T = max(len(d.ids) for d in documents)
         T = T if bare else -(-T // S) * S           # whole segments: one pass, and few different shapes
-        idx, targets = np.zeros((size, T), np.int64), np.full((size, T), -1, np.int64)
+        documents = documents[:max(1, self.tokens // T)]    # facts may need more segments than the stage has
+        idx, targets = (np.full((len(documents), T), fill, np.int64) for fill in (0, -1))
         for row, d in enumerate(documents):
             idx[row, :len(d.ids)] = d.ids
             for start, stop in d.answers:  # each position is asked for the token behind it
@@ -121,8 +122,7 @@ class Batches:
     def __next__(self) -> Batch:
         while True:
             (stage, number), batch = next(self.loader)
-            if stage == self.stage:
-                assert number == self.number
+            if (stage, number) == (self.stage, self.number):
                 self.number += 1
                 return batch
 

@@ -4,15 +4,16 @@
     python tests/bench.py                         # everything, minutes on two CPU cores
     python tests/bench.py --parts train products  # some of it: train, products, read, generate, data
     python tests/bench.py --profile               # where a training step's time goes
+    python tests/bench.py --compile --parts train # compiled training steps: on a CPU minutes until they are
 
 Writes nothing but the figures, as JSON, to --out if that is given. Every round runs each contender once, and
 starts with another one: a machine that slows down slows all of them. Figures are medians over the rounds;
 ratios are taken within a round, the least and the greatest in brackets. pytest does not collect this file.
 """
+import itertools
 import json
 import math
 import platform
-import random
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,6 @@ import time
 from argparse import SUPPRESS
 from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Callable
 
@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python t
 
 import train  # noqa: E402
 from data.babilong import Builder  # noqa: E402
+from data.batches import Maker, Stage  # noqa: E402
 from data.cli import Parser, one_line, save_json  # noqa: E402
 from data.device import keep_freed_memory, peak_memory, pick_device  # noqa: E402
 from data.document import length_name  # noqa: E402
@@ -301,16 +302,9 @@ def products(s: Setup) -> dict:
     return dict(figures, square_gflops=peak, bound=bound)
 
 
-def resident_peak() -> int:
-    """Peak resident set in bytes. Linux hands a child its parent's ru_maxrss, but VmHWM is its own."""
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="ascii").splitlines() if status.exists() else []
-    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM")), 0) or peak_memory()
-
-
 def read_alone(s: Setup, length: int) -> tuple[int, int]:
     """Peak memory in bytes, the document apart: (model in place and one token read, document read)."""
-    peak = torch.cuda.max_memory_allocated if s.cuda else resident_peak
+    peak = torch.cuda.max_memory_allocated if s.cuda else peak_memory
     model, document = s.reader(), s.document(length)
     model.read(document[:, :1])
     before = peak()
@@ -351,7 +345,7 @@ def generate(s: Setup) -> dict:
     model, rounds = s.reader(), s.rounds if s.quick else 4 * s.rounds
     S, lengths = model.cfg.segment_len, (100, 1000) if s.quick else (1000, 128_000)
     streams = {length_name(n): model.stream(s.document(n), (rounds + 2) * S) for n in lengths}
-    calls = {name: lambda x=x: [new.item() for new in islice(x, S)] for name, x in streams.items()}
+    calls = {name: lambda x=x: [new.item() for new in itertools.islice(x, S)] for name, x in streams.items()}
     s.alternate(calls, 1)                                                           # reads the document, too
     times = s.alternate(calls, rounds)
     print(f"\ngenerate: greedy, the median of {rounds} segments of {S} tokens\n"
@@ -368,24 +362,26 @@ def batches(s: Setup) -> dict:
     """Speed of making training batches, and its share of a step of the default model on them."""
     c, builder = train.TrainConfig(**dict(batch_size=4) if s.quick else {}), Builder(load(), "train")
     model = LM2(LM2Config(**PRESETS[c.preset] | dict(vocab_size=builder.tokenizer.n_vocab))).to(s.device)
-    stages, tasks, figures, rng = c.stages.split(), c.tasks.split(), {}, random.Random(0)
+    stages, figures, numbers = c.stages.split(), {}, itertools.count()
+    maker = Maker(builder, tuple(c.tasks.split()), c.batch_size, c.batch_tokens, c.plain, c.asides,
+                  c.seed)
     print(f"\ndata: making the default batches, and steps of {model.n_params()[0]:,} parameters on them\n"
           f"{'stage':24}{'documents/s':>13}{'tokens/s':>12}{'step tokens/s':>15}{'share in %':>12}")
     for text in (stages[0], stages[len(stages) // 2], stages[-1]):
-        stage, made, rows = train.Stage.parse(text, model.cfg.segment_len), [], []
-        step = s.training_step(model, lambda idx, targets: model(
-            idx, targets, keep="targets", segment_len=stage.segment_len)[1])
+        stage, made, rows = Stage.parse(text, model.cfg.segment_len), [], []
+        step = s.training_step(model, lambda batch: model(
+            batch.idx, batch.targets, keep=batch.keep, segment_len=stage.segment_len)[1])
 
         def make():
-            made[:] = [train.make_batch(builder, tasks, stage, c, rng) for _ in range(1 if s.quick else 4)]
+            made[:] = [maker[stage, next(numbers)][1] for _ in range(1 if s.quick else 4)]
 
         def steps():
-            for idx, targets, _ in made:
-                step(idx.to(s.device), targets.to(s.device))
+            for batch in made:
+                step(batch.to(s.device))
         make(), steps()
         for _ in range(s.rounds):
-            rows.append((s.seconds(make), s.seconds(steps), sum(len(idx) for idx, *_ in made),
-                         sum(idx.numel() for idx, *_ in made)))
+            rows.append((s.seconds(make), s.seconds(steps), sum(len(batch.idx) for batch in made),
+                         sum(batch.idx.numel() for batch in made)))
         making, stepping, documents, tokens = (sum(column) for column in zip(*rows))
         figures[str(stage)] = dict(making=making, stepping=stepping, documents=documents, tokens=tokens)
         print(f"{str(stage):24}{documents / making:13,.0f}{tokens / making:12,.0f}{tokens / stepping:15,.0f}"

@@ -15,7 +15,6 @@ import tiktoken
 import tiktoken.load
 import torch
 
-import train
 from data import babi, babilong, background, bm25
 from data.babi import Question
 from data.babilong import Builder
@@ -394,64 +393,6 @@ def test_a_lesson_of_any_task_ends_even_with_the_two_facts_of_the_first_stage(tr
     assert train_set.lesson([task], 2, (0, 0), Patience(0)).questions
 
 
-def batch(builder, stage, rng, plain=0.0, **changes):
-    return train.make_batch(builder, ["qa1"], stage, train.TrainConfig(plain=plain, **changes), rng)
-
-
-def test_targets_are_the_answers_and_ends_of_text_behind_the_questions_and_nothing_else(tok, train_set):
-    rng = random.Random(0)
-    for stage in (train.Stage(4, 0, 64), train.Stage(6, 3, 64)):
-        for _ in range(5):
-            idx, targets, _ = batch(train_set, stage, rng, batch_size=8)
-            for row, wanted in zip(idx.tolist(), targets.tolist()):
-                end = max(i for i, t in enumerate(row) if t == tok.eot) + 1
-                text = tok.decode([t for t in row[:end] if t != tok.eot])
-                rooms = last_rooms(text)
-                answers = [f" {rooms[actor]}" for actor in re.findall(r"Where is (\w+)\?", text)]
-                places = [i for i, t in enumerate(wanted) if t != -1]
-                assert all(wanted[i] == row[i + 1] for i in places), "the target is not the next token"
-                parts, part = [], []
-                for i in places:
-                    if wanted[i] == tok.eot:
-                        parts, part = parts + [tok.decode(part)], []
-                    else:
-                        part.append(wanted[i])
-                assert parts == answers and not part
-                assert not any(row[end:]) and max(places) + 2 == end
-
-
-def test_a_batch_has_two_facts_to_the_most_and_one_segment_to_the_most_and_says_how_many(tok, train_set):
-    rng, segments, facts = random.Random(0), [], set()
-    for _ in range(60):
-        idx, _, n = batch(train_set, train.Stage(4, 3, 64), rng, batch_size=4)
-        segments.append(n)
-        for row in idx.tolist():
-            end = max(i for i, t in enumerate(row) if t == tok.eot) + 1
-            assert (n - 1) * 64 < end <= n * 64
-            facts.add(len(MOVED.findall(tok.decode(row))))
-    assert set(segments) == {1, 2, 3} and facts == {2, 3, 4}
-    assert 30 <= segments.count(3) <= 50        # half of them, and a third of the other half
-
-
-def test_long_documents_come_in_smaller_batches(train_set):
-    rng, rows = random.Random(0), {}
-    for _ in range(40):
-        idx, _, n = batch(train_set, train.Stage(3, 4, 64), rng, batch_size=6, batch_tokens=512)
-        rows[n] = len(idx)
-    assert rows == {1: 6, 2: 4, 3: 2, 4: 2}
-    assert len(batch(train_set, train.Stage(3, 1, 64), rng, batch_tokens=1)[0]) == 1
-
-
-def test_a_share_of_the_batches_is_plain_and_counts_no_segments(tok, train_set):
-    def plain(stage, share, batches):
-        rng = random.Random(0)
-        made = [batch(train_set, stage, rng, plain=share, batch_size=2) for _ in range(batches)]
-        assert all(("The " in tok.decode(idx[0])) == (n > 0) for idx, _, n in made if n != 1)
-        return sum(n == 0 for _, _, n in made)
-    assert plain(train.Stage(2, 0, 64), 0.0, 5) == 5 and plain(train.Stage(2, 4, 64), 0.0, 20) == 0
-    assert 120 <= plain(train.Stage(2, 4, 64), 0.4, 400) <= 200
-
-
 # What a length counts
 
 class Fixed(random.Random):
@@ -601,7 +542,7 @@ def test_stories_and_questions_are_those_of_the_file_of_its_part(tok, folder, st
 
 def test_questions_of_a_file_come_equally_often(tok, folder, stories):
     builder, rng = Builder(tok, "val", folder, stories=stories[0]), random.Random(0)
-    counts = Counter((tuple(t), q[0]) for t, q in (builder.story("qa1", None, rng) for _ in range(6000)))
+    counts = Counter((tuple(t), q[0]) for t, q, _ in (builder.story("qa1", None, rng) for _ in range(6000)))
     assert len(counts) == 60 and 55 < min(counts.values()) and max(counts.values()) < 150
 
 
@@ -626,7 +567,7 @@ def test_where_no_story_of_a_file_is_so_short_all_of_the_shortest_are_taken(tok,
     builder, made = Builder(tok, "train", folder, stories=stories[0]), asked_in(stories[1]["qa1", "train"])
     least = min(len(facts) for facts, _ in made)
     shortest = {x for x in made if len(x[0]) == least}
-    found = {(tuple(t), *q) for t, q in (builder.story("qa1", 1, random.Random(i)) for i in range(300))}
+    found = {(tuple(t), *q) for t, q, _ in (builder.story("qa1", 1, random.Random(i)) for i in range(300))}
     assert least > 1 and len(shortest) > 5 and found == shortest
 
 

@@ -8,12 +8,14 @@ so that nothing holds only because something is zero.
 import copy
 import math
 import random
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
@@ -23,6 +25,7 @@ from data.tokenizer import load  # noqa: E402
 from lm2 import LM2, PRESETS, LM2Config, turn_table  # noqa: E402
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # PyTorch's own, on compiling
 
 SMALL = dict(vocab_size=19, n_layer=2, n_head=4, n_kv_head=2, n_embd=16, ffn_dim=20, segment_len=5, n_slot=6,
              n_mem_head=2)
@@ -390,6 +393,29 @@ def test_with_equal_scores_a_slot_leaves_two_fifths_unwritten_whatever_the_segme
         near(declined, torch.full_like(declined, 1 / (1 + math.exp(0.5))), 1e-5)  # 0.378
 
 
+@torch.no_grad()
+def test_token_by_token_a_bank_gives_its_keys_and_values_once_a_segment():
+    model, made = build(), []
+    for layer in model.layers:
+        for part in (layer.memory.wk, layer.memory.wv):
+            part.register_forward_hook(lambda part, *_: made.append(part))
+    feed(model, text(2, 3 * S + 2), 1)
+    assert len(made) == 2 * 2 * 4               # blocks, keys and values, segments opened: not one a token
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [1, S, 2 * S])
+def test_a_bank_put_into_a_state_between_two_segments_is_the_one_that_is_read(sizes):
+    model, idx = build(), text(2, S + 2, seed=3)
+    own, other = (feed(model, text(2, 2 * S, seed=seed), sizes)[1] for seed in (1, 2))
+    before, expected = model(idx, state=own)[0], model(idx, state=other)[0]
+    assert (before - expected).abs().max() > 1e-3
+    for to, have in zip(own.blocks, other.blocks):
+        to.bank = have.bank
+    for pieces in (1, 3, S + 2):
+        near(feed(model, idx, pieces, own)[0], expected)
+
+
 # Equations
 
 @pytest.mark.parametrize("n_mem_layer", [1, 2])
@@ -473,6 +499,45 @@ def test_three_full_segments_with_the_loss_in_the_third_give_every_entry_a_gradi
         assert (grad != 0).all(), f"{name}: {(grad == 0).sum()} of {grad.numel()} entries have none"
 
 
+def test_what_an_open_segment_leaves_unused_gets_no_gradient_at_all():
+    """Not zeros: for those AdamW would let the weights decay, and the momentum of earlier steps go on."""
+    model = build()
+    model(text(8, S - 1))[0].square().sum().backward()
+    without = {n for n, p in model.named_parameters() if p.grad is None}
+    assert without == {f"layers.{i}.memory.{part}" for i in range(2) for part in
+                       ("null", "w_in.weight", "w_in.bias", "w_write.weight", "w_forget.weight",
+                        "w_forget.bias")}
+
+
+def test_recomputing_gives_the_same_loss_and_gradients_bit_for_bit_and_keeps_less_for_them():
+    model, idx, targets = build(), text(2, 6 * S + 2), text(2, 6 * S + 2, seed=2)
+    own, losses, gradients, kept = {p.data_ptr() for p in model.parameters()}, [], [], []
+    for recompute in (False, True):
+        storages = {}
+
+        def keep(t):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage()
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss = model(idx, targets, recompute=recompute)[1]
+        kept.append(sum(s.nbytes() for at, s in storages.items() if at not in own))
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+        losses.append(loss)
+    assert torch.equal(*losses) and same(*gradients)
+    assert kept[1] < kept[0] / 4, kept
+
+
+def test_a_table_of_angles_made_while_inferring_serves_for_training_too():
+    model, idx = build(), text(1, S)
+    turn_table.cache_clear()
+    with torch.inference_mode():
+        model(idx)
+    assert turn_table.cache_info().currsize == 1
+    assert not turn_table(model.freq, S, model.dtype, idx.device).is_inference()
+    model(idx)[0].sum().backward()
+    assert turn_table.cache_info().currsize == 1
+
+
 # Loss, less than all logits, options
 
 @torch.no_grad()
@@ -497,6 +562,26 @@ def test_fewer_logits_are_the_same_logits_and_the_loss_at_the_targets_is_the_sam
     some, some_loss, state = model(idx, targets, keep="targets")
     near(some, logits[targets != -1], 1e-12)
     near(some_loss, loss, 1e-12)
+    near_states(state, end, 1e-12)
+
+
+def test_positions_to_keep_give_the_logits_loss_and_gradients_of_keeping_the_targets():
+    model, idx, targets = build(), text(2, 2 * S + 2), text(2, 2 * S + 2, seed=2)
+    targets[0, 3:8] = targets[1, 0] = -1
+    keep = torch.tensor([i for i, t in enumerate(targets.flatten().tolist()) if t != -1])
+    (a, loss_a, _), (b, loss_b, _) = model(idx, targets, keep="targets"), model(idx, targets, keep=keep)
+    assert torch.equal(a, b) and torch.equal(loss_a, loss_b)
+    assert same(*(torch.autograd.grad(loss, list(model.parameters())) for loss in (loss_a, loss_b)))
+
+
+@torch.no_grad()
+def test_positions_to_keep_without_targets_give_their_logits_in_the_order_asked_and_no_loss():
+    model, idx = build(), text(2, 2 * S + 2)
+    keep = torch.tensor([2 * S + 4, 0, 7])      # the first is in the second row
+    logits, loss, state = model(idx, keep=keep)
+    whole, _, end = model(idx)
+    near(logits, whole.flatten(0, 1)[keep], 1e-12)
+    assert loss is None
     near_states(state, end, 1e-12)
 
 
@@ -551,6 +636,83 @@ def test_bfloat16_autocast_trains_through_segments_with_a_float32_bank():
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
     near(loss, model(idx[:, :-1], idx[:, 1:])[1], 0.05)
+
+
+# Compiled
+
+@pytest.fixture(scope="module")
+def compiled():
+    """(a model, the same one compiled): float32, by aot_eager, which takes graphs and gradients as inductor
+    does, but makes no C++ of them: 15 seconds for what inductor takes minutes for."""
+    model = build(dtype=torch.float32)
+    fast = copy.deepcopy(model)
+    counters.clear()
+    fast.compile(backend="aot_eager")
+    yield model, fast
+    torch.compiler.reset()
+
+
+def loss_of(model, segments, length, **options):
+    """logits, loss of a document of so many segments of so many tokens"""
+    idx, targets = (text(2, segments * length, seed=seed) for seed in (1, 2))
+    return model(idx, targets, segment_len=length, **options)[:2]
+
+
+@pytest.mark.parametrize("length", [S, 3])
+def test_compiled_documents_have_the_logits_losses_and_gradients_of_others_in_graphs_without_breaks(
+        compiled, length):
+    for segments in (1, 2, 4):
+        (logits, loss), (others, other) = (loss_of(model, segments, length) for model in compiled)
+        near(others, logits, 1e-5)
+        near(other, loss, 1e-5)
+        for a, b in zip(*(torch.autograd.grad(x, list(model.parameters()), allow_unused=True,
+                                              materialize_grads=True)
+                          for x, model in zip((loss, other), compiled))):
+            near(a, b, 1e-5)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs >= 3 and not counters["graph_break"]
+    for segments in (3, 7):                     # no other graph: the loop over segments is outside
+        loss_of(compiled[1], segments, length)[1].backward()
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_compiled_and_recomputed_a_document_has_the_same_gradients(compiled):
+    plain, both = (torch.autograd.grad(loss_of(model, 3, S, recompute=recompute)[1], list(model.parameters()))
+                   for model, recompute in zip(compiled, (False, True)))
+    for a, b in zip(plain, both):
+        near(a, b, 1e-5)
+
+
+def test_compiled_what_nothing_has_used_gets_no_gradient_either(compiled):
+    without = []
+    for model in compiled:
+        model.zero_grad()
+        loss_of(model, 1, S)[1].backward()
+        without.append({name for name, p in model.named_parameters() if p.grad is None})
+    assert without[0] and without[1] == without[0]      # the write of a document's only segment
+
+
+@torch.no_grad()
+def test_a_compiled_model_has_its_names_and_decodes_token_by_token_and_with_a_trace(compiled):
+    model, fast = compiled
+    assert list(fast.state_dict()) == list(model.state_dict())
+    idx, trace = text(2, 2 * S + 2), []
+    near(feed(fast, idx, 1)[0], model(idx)[0], 1e-5)
+    near(fast(idx, trace=trace)[0], model(idx)[0], 1e-5)
+    assert [note["layer"] for note in trace] == [0, 1, 0, 1] and all("A" in note for note in trace)
+    prompt = text(2, S + 3)
+    assert torch.equal(fast.generate(prompt, 2 * S), model.generate(prompt, 2 * S))
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")),
+                    reason="on a CPU torch.compile needs a C++ compiler, and neither g++ nor clang++ is here")
+@torch.no_grad()
+def test_compiled_to_machine_code_a_document_has_the_same_logits():
+    model = build(dtype=torch.float32, n_layer=1)
+    fast, idx = copy.deepcopy(model), text(2, 2 * S)
+    fast.compile()                              # one block, no gradients: a kernel takes a second to compile
+    near(fast(idx)[0], model(idx)[0], 1e-5)
+    torch.compiler.reset()
 
 
 # Start, optimiser, presets, files

@@ -24,11 +24,13 @@ import babilong_eval
 import sample
 import train
 from data import babi, babilong, predictions
+from data.batches import Batches, Stage
 from data.checkpoint import load_checkpoint, save_checkpoint
+from data.device import peak_memory
 from data.metrics import cells, table
 from data.tokenizer import load
 from lm2 import LM2, LM2Config
-from test_babilong import asked_in, book
+from test_babilong import MOVED, asked_in, book
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -151,7 +153,8 @@ def test_every_line_of_the_metrics_is_json_with_the_step_and_the_tokens_so_far(t
     rows = lines(trained[0] / "metrics.jsonl")
     steps = [r for r in rows if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, len(steps) + 1))
-    assert all({"tokens", "seconds", "accuracy", "lr", "stage", "grad_norm"} <= set(r) for r in steps)
+    assert all({"tokens", "seconds", "accuracy", "lr", "stage", "grad_norm", "tokens_per_second"} <= set(r)
+               for r in steps)
     tokens = [r["tokens"] for r in steps]
     assert tokens == sorted(set(tokens)) and tokens[-2] < 12000 <= tokens[-1]
     checks = [r for r in rows if "validation" in r]
@@ -174,12 +177,11 @@ def test_the_loss_falls_from_that_of_guessing_to_that_of_knowing_the_rooms(train
     assert sum(losses[-10:]) / 10 < 2.2, losses
 
 
-def test_a_batch_seen_again_and_again_is_learned_by_heart(folder, tmp_path, monkeypatch):
+def test_a_batch_seen_again_and_again_is_learned_by_heart(folder, tmp_path):
     trainer = make(folder, tmp_path, "--lr", "2e-2", "--n_embd", "32", "--tokens", "100000", "--decay",
                    "0.01")
-    batch = train.make_batch(trainer.train_set, ["qa1"], train.Stage(2, 0, 64), trainer.c, random.Random(0))
-    monkeypatch.setattr(train, "make_batch", lambda *_: batch)
-    numbers = [trainer.train_step() for _ in range(60)]
+    trainer.batches = itertools.repeat(next(trainer.batches))
+    numbers = [step(trainer) for _ in range(60)]
     assert numbers[-1]["loss"] < 0.1 and numbers[-1]["accuracy"] == 1.0
 
 
@@ -189,9 +191,15 @@ def make(folder, out, *flags):
     return train.Trainer(*train.read_flags(argv))
 
 
+def step(trainer):
+    """One step -> its numbers."""
+    trainer.train_step()
+    return trainer.collect()
+
+
 def advance(trainer, steps):
     for _ in range(steps):
-        trainer.train_step()
+        step(trainer)
         trainer.next_stage()
     return trainer
 
@@ -200,12 +208,16 @@ def snapshot(trainer):
     return dict(model=trainer.model.state_dict(), optimizer=trainer.optimizer.state_dict()["state"],
                 step=trainer.step,
                 tokens=trainer.tokens, stage=trainer.stage, stage_step=trainer.stage_step,
-                recent=list(trainer.recent),
-                rng=trainer.rng.getstate())
+                recent=list(trainer.recent), end=trainer.end, batch=trainer.batches.number,
+                entered=trainer.batches.stage)
 
 
-def test_saved_and_resumed_half_way_it_ends_bit_for_bit_as_a_run_in_one_go(folder, tmp_path):
-    flags = ["--tokens", "100000", "--stages", "2:0 3:1 3:2", "--stage_steps", "2", "--plain", "0"]
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("accumulate", ["1", "2"])
+def test_saved_and_resumed_half_way_it_ends_bit_for_bit_as_a_run_in_one_go(folder, tmp_path, workers,
+                                                                           accumulate):
+    flags = ["--tokens", "100000", "--stages", "2:0 3:1 3:2", "--stage_steps", "2", "--plain", "0",
+             "--accumulate", accumulate, "--workers", workers]
     straight = advance(make(folder, tmp_path / "a", *flags), 8)
     first = advance(make(folder, tmp_path / "b", *flags), 5)
     assert first.stage == 2 and first.stage_step == 1
@@ -231,11 +243,12 @@ def test_stopped_by_the_clock_and_resumed_by_the_flag_it_ends_as_a_run_in_one_go
     before = (tmp_path / "stopped" / "metrics.jsonl").read_text(encoding="utf-8")
     with contextlib.redirect_stdout(io.StringIO()):
         train.main(["--resume", "--out_dir", str(tmp_path / "stopped"), "--minutes", "1000"])
-    same = ("model", "optimizer", "rng", "recent", "config", "tokenizer")
+    same = ("model", "optimizer", "recent", "config", "tokenizer")
     assert same_tensors(content(tmp_path / "straight", *same), content(tmp_path / "stopped", *same))
     assert (tmp_path / "stopped" / "metrics.jsonl").read_text(encoding="utf-8").startswith(before)
     for file in ("metrics.jsonl", "table.jsonl"):
-        runs = [[{k: v for k, v in r.items() if k != "seconds"} for r in lines(tmp_path / run / file)]
+        runs = [[{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")}
+                 for r in lines(tmp_path / run / file)]
                 for run in ("straight", "stopped")]
         assert runs[0] == runs[1]
 
@@ -247,12 +260,41 @@ def test_what_is_evaluated_and_for_how_long_may_change_on_resuming(folder, tmp_p
     assert (again.c.table_n, again.c.minutes, again.c.tokens, again.step) == (7, 3.0, 100000, 1)
 
 
-@pytest.mark.parametrize("flags, same", [
-    (["--eval_every", "1000"], True), (["--eval_every", "2"], True), (["--seed", "1"], False)])
-def test_the_seed_decides_weights_and_data_and_validation_decides_nothing(fit, short, tmp_path, flags, same):
+def test_how_it_is_computed_may_change_on_resuming(folder, tmp_path):
+    flags = ["--tokens", "100000", "--stages", "3:2", "--plain", "0"]
+    straight = advance(make(folder, tmp_path / "a", *flags), 3)
+    advance(make(folder, tmp_path / "b", *flags), 1).save()
+    again = ["--resume", "--out_dir", str(tmp_path / "b"), "--workers", "1"]
+    for more in (["--recompute"], ["--compile"], ["--compile", "--recompute"]):
+        trainer = train.Trainer(*train.read_flags([*again, *more]))
+        assert trainer.c.recompute is ("--recompute" in more) and trainer.c.compile is ("--compile" in more)
+        assert all(bool(layer.fast) == trainer.c.compile for layer in trainer.model.layers)
+        if not trainer.c.compile:               # that takes long, and the last bits differ
+            assert same_tensors(snapshot(advance(trainer, 2)), snapshot(straight))
+
+
+def test_recomputing_is_what_the_model_is_asked_for(folder, tmp_path, monkeypatch):
+    seen, real = [], LM2.forward
+    monkeypatch.setattr(LM2, "forward", lambda *a, recompute=None, **k: seen.append(recompute) or real(
+        *a, recompute=recompute, **k))
+    for flags in ([], ["--recompute"]):
+        make(folder, tmp_path, *flags).train_step()
+    assert seen == [False, True]
+
+
+@pytest.mark.parametrize("flags", [["--eval_every", "1000"], ["--eval_every", "2"], ["--workers", "1"]])
+def test_validation_and_workers_decide_nothing(fit, short, tmp_path, flags):
     fit(tmp_path, *SHORT, *flags)
-    for part in ("model", "rng"):
-        assert same_tensors(content(short, part), content(tmp_path, part)) is same
+    for part in ("model", "optimizer"):
+        assert same_tensors(content(short, part), content(tmp_path, part))
+
+
+def test_the_seed_decides_the_weights_and_the_data(folder, tmp_path):
+    first, again, other = (make(folder, tmp_path, "--seed", seed) for seed in "001")
+    weights = [t.model.state_dict() for t in (first, again, other)]
+    assert same_tensors(weights[0], weights[1]) and not same_tensors(weights[0], weights[2])
+    documents = [next(t.batches).idx for t in (first, again, other)]
+    assert torch.equal(*documents[:2]) and not torch.equal(documents[0], documents[2])
 
 
 def test_original_stories_are_trained_on_and_their_test_file_is_evaluated(fit, tmp_path, monkeypatch):
@@ -262,7 +304,8 @@ def test_original_stories_are_trained_on_and_their_test_file_is_evaluated(fit, t
         text = "".join(babi.format_story(story, task) for story in made[part])
         (tmp_path / f"qa1_{task.stem}_{part}.txt").write_text(text, encoding="utf-8")
     lessons, real = [], babilong.Builder.lesson
-    monkeypatch.setattr(babilong.Builder, "lesson", lambda *a: lessons.append(real(*a)) or lessons[-1])
+    monkeypatch.setattr(babilong.Builder, "lesson",
+                        lambda *a, **k: lessons.append(real(*a, **k)) or lessons[-1])
     fit(tmp_path / "run", *SHORT, "--stories", str(tmp_path))
     assert len(lessons) > 10
     assert {(tuple(doc.texts), *doc.questions) for doc in lessons} <= asked_in(made["train"])
@@ -292,22 +335,21 @@ def test_the_flags_of_the_optimiser_reach_it(folder, tmp_path):
 def test_the_optimiser_steps_with_the_learning_rate_that_is_logged(folder, tmp_path):
     trainer = make(folder, tmp_path, "--lr", "0.02", "--warmup", "10", "--weight_decay", "0")
     before = trainer.model.norm.weight.clone()
-    logged = trainer.train_step()["lr"]
-    step = (trainer.model.norm.weight - before).abs()
-    assert logged == pytest.approx(0.002) and step.max().item() == pytest.approx(0.002, rel=1e-2)
+    logged = step(trainer)["lr"]
+    moved = (trainer.model.norm.weight - before).abs()
+    assert logged == pytest.approx(0.002) and moved.max().item() == pytest.approx(0.002, rel=1e-2)
 
 
-def test_the_accuracy_of_a_step_counts_answers_and_not_the_end_of_text(folder, tmp_path, monkeypatch):
+def test_the_accuracy_of_a_step_counts_answers_and_not_the_end_of_text(folder, tmp_path):
     trainer = make(folder, tmp_path, "--lr", "2e-2", "--warmup", "1")
-    batch = train.make_batch(trainer.train_set, ["qa1"], train.Stage(2, 0, 64), trainer.c, random.Random(0))
-    monkeypatch.setattr(train, "make_batch", lambda *_: batch)
-    idx, targets, _ = batch
+    batch = next(trainer.batches)
+    trainer.batches, idx, targets = itertools.repeat(batch), batch.idx, batch.targets
     eot, ends = trainer.tokenizer.eot, []
     for _ in range(12):
         right = trainer.model(idx)[0].argmax(-1) == targets
         words = right[(targets != -1) & (targets != eot)].float().mean().item()
         ends.append(right[targets == eot].float().mean().item() - words)
-        assert trainer.train_step()["accuracy"] == pytest.approx(words)
+        assert step(trainer)["accuracy"] == pytest.approx(words)
     assert max(ends) > 0.2      # had they been counted, the accuracy would have been another
 
 
@@ -315,24 +357,143 @@ def test_long_gradients_are_cut_to_the_asked_length_and_logged_as_they_were(fold
     trainer, seen = make(folder, tmp_path, "--clip", "0.01"), []
     monkeypatch.setattr(trainer.optimizer, "step", lambda: seen.extend(
         p.grad.norm() for p in trainer.model.parameters() if p.grad is not None))
-    assert trainer.train_step()["grad_norm"] > 0.1
+    assert step(trainer)["grad_norm"] > 0.1
     assert torch.stack(seen).norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_gradients_of_micro_batches_add_up_to_their_mean(folder, tmp_path, monkeypatch):
-    first = make(folder, tmp_path)
-    batches = [train.make_batch(first.train_set, ["qa1"], train.Stage(2, 0, 64), first.c, random.Random(i))
-               for i in range(2)]
+def test_gradients_of_micro_batches_add_up_to_their_mean(folder, tmp_path):
+    first = make(folder, tmp_path).batches
+    batches = [next(first), next(first)]
 
     def norm(*order, accumulate):
-        trainer, given = make(folder, tmp_path, "--accumulate", str(accumulate)), iter(order)
-        monkeypatch.setattr(train, "make_batch", lambda *_: next(given))
-        return trainer.train_step()
+        trainer = make(folder, tmp_path, "--accumulate", str(accumulate))
+        trainer.batches = iter(order)
+        return step(trainer)
     one, two = norm(batches[0], accumulate=1), norm(batches[0], batches[0], accumulate=2)
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
     assert two["loss"] == pytest.approx(one["loss"])
     other = norm(batches[1], accumulate=1)
     assert norm(*batches, accumulate=2)["loss"] == pytest.approx((one["loss"] + other["loss"]) / 2)
+
+
+
+def test_no_number_is_fetched_within_a_step_and_all_of_them_at_once_behind_it(folder, tmp_path, monkeypatch):
+    """On the meta device nothing has a value: whatever asks for one raises. AdamW waits for none, but its
+    fused form has no meta; it is replaced."""
+    trainer = make(folder, tmp_path, "--stages", "3:2", "--accumulate", "2")
+    numbers = []
+    for device in ("cpu", "meta"):
+        trainer.model, trainer.device = trainer.model.to(device), torch.device(device)
+        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+        for _ in range(4):
+            trainer.train_step()
+        numbers.append([x for _, x in trainer.pending])
+        if device == "cpu":
+            fetched, real = [], torch.Tensor.tolist
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.Tensor, "tolist", lambda x: fetched.append(x) or real(x))
+                for name in ("item", "__bool__", "__float__", "__int__", "numpy", "cpu", "nonzero"):
+                    patch.setattr(torch.Tensor, name, lambda *_: pytest.fail("fetched one by one"))
+                trainer.collect()
+            assert len(fetched) == 1 and not trainer.pending
+    assert [len(n) for n in numbers] == [4, 4]
+    assert {x.device.type for x in numbers[1]} == {"meta"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA can say that a step has waited for it")
+def test_a_step_does_not_wait_for_the_gpu(folder, tmp_path):
+    trainer = make(folder, tmp_path, "--stages", "3:2", "--device", "cuda", "--workers", "0")
+    trainer.train_step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            trainer.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.collect()["loss"] > 0
+
+
+def spoil(monkeypatch, at):
+    """From now on the step of this number has a gradient that is not finite."""
+    count, real = itertools.count(), torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: real(*a) * (
+        math.inf if next(count) == at else 1))
+
+
+@pytest.mark.parametrize("log_every", ["1", "4", "100"])
+def test_a_gradient_that_is_not_finite_ends_in_a_line_with_its_step_and_is_not_saved(
+        capsys, folder, tmp_path, monkeypatch, log_every):
+    spoil(monkeypatch, 2)
+    err = refused(capsys, train.main, *TINY, "--tokens", "1500", "--background", folder,
+                  "--out_dir", tmp_path, "--log_every", log_every)
+    assert "the gradient is inf at step 2: lower --lr" in err
+    assert not (tmp_path / "ckpt.pt").exists()
+
+
+def test_a_run_that_is_interrupted_does_not_save_a_gradient_that_is_not_finite(folder, tmp_path, monkeypatch):
+    trainer = make(folder, tmp_path)
+    spoil(monkeypatch, 1)
+    for _ in range(3):
+        trainer.train_step()
+    with pytest.raises(ValueError, match="inf at step 1"):
+        trainer.save()
+    assert not trainer.ckpt.exists()
+
+
+def test_saving_between_two_lines_keeps_what_counts_towards_leaving_a_stage(folder, tmp_path):
+    trainer = make(folder, tmp_path, "--stages", "3:2", "--plain", "0")
+    for _ in range(6):
+        trainer.train_step()
+    trainer.save()
+    kept = content(tmp_path, "recent")["recent"]
+    assert len(kept) > 1 and kept == list(trainer.recent)
+
+
+def test_a_line_has_the_mean_loss_since_the_line_before_and_the_other_numbers_of_its_step(fit, tmp_path):
+    flags = ["--tokens", "1100", "--stages", "2:0"]
+    fit(tmp_path / "each", *flags)
+    fit(tmp_path / "third", *flags, "--log_every", "3")
+    each, third = ([r for r in lines(tmp_path / run / "metrics.jsonl") if "loss" in r]
+                   for run in ("each", "third"))
+    last = len(each)
+    assert last > 6 and [r["step"] for r in third] == sorted({*range(3, last + 1, 3), last})
+    before = 0
+    for row in third:
+        losses, now = [r["loss"] for r in each[before:row["step"]]], each[row["step"] - 1]
+        assert row["loss"] == pytest.approx(sum(losses) / len(losses), abs=2e-6)
+        assert all(row[k] == now[k] for k in ("tokens", "accuracy", "grad_norm", "lr", "stage"))
+        before = row["step"]
+
+
+def test_tokens_per_second_are_those_of_the_steps_since_the_line_before_without_validation(
+        fit, tmp_path, monkeypatch):
+    now, real, validate = [0.0], train.Trainer.train_step, train.Trainer.validate
+
+    def slow(wait, do):
+        def wrapped(self):
+            now[0] += wait
+            return do(self)
+        return wrapped
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(train.Trainer, "train_step", slow(10.0, real))
+    monkeypatch.setattr(train.Trainer, "validate", slow(1000.0, validate))
+    said = fit(tmp_path, "--tokens", "1100", "--stages", "2:0", "--log_every", "2", "--eval_every", "400")
+    rows, before, rates = lines(tmp_path / "metrics.jsonl"), dict(step=0, tokens=0), []
+    assert sum("validation" in r for r in rows) == 2
+    for row in (r for r in rows if "loss" in r):
+        steps, tokens = row["step"] - before["step"], row["tokens"] - before["tokens"]
+        rates.append(tokens / (10 * steps))
+        assert row["tokens_per_second"] == round(rates[-1])
+        before = row
+    assert f"({sorted(rates)[len(rates) // 2]:,.0f} tokens/s)" in said
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux hands a child its parent's peak")
+def test_the_peak_memory_of_a_child_of_a_large_parent_is_its_own():
+    large = bytearray(b"x") * 2**30             # a gigabyte; torch takes a third of that
+    done = subprocess.run([sys.executable, "-c", "from data.device import peak_memory; print(peak_memory())"],
+                          cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    assert 2**26 < int(done.stdout) < len(large) // 2 and peak_memory() > len(large)
 
 
 # Curriculum and learning rate
@@ -376,22 +537,28 @@ def test_the_last_stage_is_never_left(folder, tmp_path):
 
 def test_only_batches_of_a_stages_most_segments_count_towards_leaving_it(folder, tmp_path, monkeypatch):
     trainer = make(folder, tmp_path, "--stages", "3:3", "--tokens", "100000")
-    made, real = [], train.make_batch
-    monkeypatch.setattr(train, "make_batch", lambda *a: made.append(real(*a)) or made[-1])
+    made, real = [], Batches.__next__
+    monkeypatch.setattr(Batches, "__next__", lambda self: made.append(real(self)) or made[-1])
     for _ in range(12):
-        trainer.train_step()
-    longest = [n == 3 for _, _, n in made]
+        step(trainer)
+    longest = [batch.idx.shape[1] == 3 * 64 for batch in made]
     assert 0 < sum(longest) < 12 and len(trainer.recent) == sum(longest)
 
 
 def test_the_stage_decides_facts_segments_and_their_length(folder, tmp_path, monkeypatch):
     trainer, seen = curriculum(folder, tmp_path), []
-    trainer.stage = 1
+    trainer.stage_step = 50
+    assert trainer.next_stage()
     monkeypatch.setattr(trainer.model, "forward", lambda *a, segment_len, real=trainer.model.forward, **k:
                         seen.append(segment_len) or real(*a, segment_len=segment_len, **k))
-    trainer.train_step()
-    assert trainer.stages == [train.Stage(2, 0, 64), train.Stage(4, 2, 32), train.Stage(6, 3, 64)]
-    assert seen == [32]
+    made, real = [], Batches.__next__
+    monkeypatch.setattr(Batches, "__next__", lambda self: made.append(real(self)) or made[-1])
+    for _ in range(6):
+        trainer.train_step()
+    assert trainer.stages == [Stage(2, 0, 64), Stage(4, 2, 32), Stage(6, 3, 64)]
+    assert seen == [32] * 6
+    facts = [len(MOVED.findall(trainer.tokenizer.decode(row))) for batch in made for row in batch.idx.tolist()]
+    assert set(facts) == {2, 3, 4}
 
 
 @pytest.mark.parametrize("schedule, step, done, rate", [
@@ -583,7 +750,8 @@ def test_a_temperature_gives_the_same_words_for_the_same_seed_and_others_for_ano
     (["--stages", "2:1:999"], "2:1:999"),
     (["--stages", "2:1:9:9"], "2:1:9:9"), (["--stages", ""], "--stages"), (["--table_lengths", "4x"], "4x"),
     (["--device", "gpu7"], "gpu7"), (["--threads", "-1"], "-1"), (["--resume", "--n_embd", "32"], "--n_embd"),
-    (["--resume", "--tokens", "99"], "--tokens"), (["--clip", "-1"], "clip -1"), (["--lr", "-1"], "-1"),
+    (["--resume", "--tokens", "99"], "--tokens"), (["--resume", "--log_every", "5"], "--log_every"),
+    (["--workers", "-1"], "workers -1"), (["--clip", "-1"], "clip -1"), (["--lr", "-1"], "-1"),
     (["--stories", "no/babi"], "no/babi"),
     (["--lr", "nan"], "nan"),
 ])
@@ -844,7 +1012,7 @@ def understood(command, monkeypatch):
         module.main()
     if name == "train":
         c, sizes, _, _ = train.read_flags(argv)
-        assert [train.Stage.parse(s, LM2Config(**sizes).segment_len) for s in c.stages.split()]
+        assert [Stage.parse(s, LM2Config(**sizes).segment_len) for s in c.stages.split()]
     return name
 
 
