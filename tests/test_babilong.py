@@ -370,6 +370,30 @@ def test_a_lesson_of_qa1_asks_once_for_each_actor_named_and_the_answers_are_righ
     assert 40 <= later_first <= 95      # in random order, and not in that of the story
 
 
+@pytest.mark.parametrize("room", [(0, 0), (1, 512)])
+def test_what_is_asked_along_the_way_is_answered_from_the_facts_before_it(tok, train_set, room):
+    rng, early, prose = random.Random(0), 0, 0
+    for _ in range(60):
+        doc = train_set.lesson(["qa1"], 6, room, rng, asides=3)
+        assert room == (0, 0) or len(doc.ids) <= room[1]
+        for (start, stop), question in zip(doc.answers, doc.questions, strict=True):
+            before = re.sub(r"Where is \w+\? \w+<\|endoftext\|>", "", tok.decode(doc.ids[:start]))
+            actor = re.search(r"Where is (\w+)\?$", before)[1]
+            assert question.text == f"Where is {actor}?"
+            assert tok.decode(doc.ids[start:stop]) == f" {last_rooms(before)[actor]}<|endoftext|>"
+            early += stop < doc.facts[-1][0]
+        assert [tok.decode(doc.ids[a:b]) for a, b in doc.facts] == [" " + t for t in doc.texts]
+        last = doc.answers[-1][1]
+        prose += "The " in tok.decode(doc.ids[doc.answers[0][1]:last])
+    assert early > 100 and (prose > 40 or room == (0, 0))
+
+
+def test_puzzles_are_asked_at_their_end_alone(train_set):
+    for task in ("qa15", "qa17"):
+        doc = train_set.lesson([task], 6, (0, 0), random.Random(0), asides=3)
+        assert all(a >= doc.facts[-1][1] for a, _ in doc.answers)
+
+
 def test_a_lesson_asks_no_more_than_it_may(train_set):
     doc = train_set.lesson(["qa1"], 8, (1, 512), random.Random(0), max_questions=2)
     assert len(doc.questions) == len(doc.answers) == 2

@@ -430,6 +430,17 @@ def test_a_gradient_that_is_not_finite_ends_in_a_line_with_its_step_and_is_not_s
     assert not (tmp_path / "ckpt.pt").exists()
 
 
+def test_a_run_ends_with_a_learning_rate_of_zero_so_many_tokens_into_its_last_stage(fit, tmp_path):
+    fit(tmp_path, "--tokens", "1000000", "--final_tokens", "3000", "--stages", "2:0 3:0 4:0",
+        "--stage_steps", "5", "--eval_every", "1000000")
+    steps = [x for x in lines(tmp_path / "metrics.jsonl") if "loss" in x]
+    entered = steps[9]["tokens"]                                    # two stages of five steps
+    assert [x["stage"] for x in steps[:12]] == [0] * 5 + [1] * 5 + [2] * 2
+    assert steps[-2]["tokens"] < entered + 3000 <= steps[-1]["tokens"]
+    done, c = steps[-2]["tokens"] / (entered + 3000), train.TrainConfig(lr=2e-3, warmup=5)
+    assert steps[-1]["lr"] == pytest.approx(2e-3 * (1 - done) / c.decay, abs=1e-6)
+
+
 def test_a_run_that_is_interrupted_does_not_save_a_gradient_that_is_not_finite(folder, tmp_path, monkeypatch):
     trainer = make(folder, tmp_path)
     spoil(monkeypatch, 1)
