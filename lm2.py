@@ -353,6 +353,8 @@ class LM2(nn.Module):
         """Compile in place what whole segments pass through, with torch.compile's options: three graphs a
         block, without breaks, shared by all blocks; the loop over segments stays outside, so that a longer
         document needs no other graph. Open segments, and calls with a trace, run as they are."""
+        limit = torch._dynamo.config  # graphs of a function, beyond which it refuses: ours are few, but not 8
+        limit.recompile_limit = max(limit.recompile_limit, 64)
         for block in self.layers:
             parts = block.before, block.memory and block.memory.step, block.after
             block.fast = tuple(part and torch.compile(part, fullgraph=True, **options) for part in parts)

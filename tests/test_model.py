@@ -704,10 +704,21 @@ def test_a_compiled_model_has_its_names_and_decodes_token_by_token_and_with_a_tr
     assert torch.equal(fast.generate(prompt, 2 * S), model.generate(prompt, 2 * S))
 
 
+def test_compiled_it_trains_and_evaluates_documents_of_many_shapes_in_turn(compiled):
+    """A graph or two for each: more of one function than torch.compile makes unasked."""
+    for length, rows, segments in ((S, 1, 4), (S, 1, 1), (3, 1, 4), (3, 1, 1)):
+        for grad in (True, False):
+            idx = text(rows, segments * length)
+            with torch.set_grad_enabled(grad):
+                logits, others = (model(idx, segment_len=length)[0] for model in compiled)
+            near(others, logits, 1e-5)
+
+
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")),
                     reason="on a CPU torch.compile needs a C++ compiler, and neither g++ nor clang++ is here")
 @torch.no_grad()
 def test_compiled_to_machine_code_a_document_has_the_same_logits():
+    torch.compiler.reset()
     model = build(dtype=torch.float32, n_layer=1)
     fast, idx = copy.deepcopy(model), text(2, 2 * S)
     fast.compile()                              # one block, no gradients: a kernel takes a second to compile
