@@ -14,7 +14,7 @@ from data.babilong import Builder
 from data.batches import Batches, Maker, Stage
 from data.tokenizer import load
 from test_babilong import MOVED, book, last_rooms
-from test_scripts import refused
+from test_scripts import no_worker_left, refused  # noqa: F401: used by every test here
 
 PLAIN, LONG = Stage(4, 0, 64), Stage(6, 3, 64)
 

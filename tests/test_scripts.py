@@ -50,6 +50,16 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def no_worker_left(monkeypatch):
+    """Workers end with the test: those left to the garbage collector make it wait for five seconds each."""
+    made, real = [], Batches.__init__
+    monkeypatch.setattr(Batches, "__init__", lambda self, *a, **k: made.append(self) or real(self, *a, **k))
+    yield
+    for batches in made:
+        batches.loader = None
+
+
 @pytest.fixture(scope="session")
 def fit(folder):
     """fit(out_dir, *flags) runs train.py on the tiny model -> what it printed."""
