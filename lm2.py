@@ -352,8 +352,8 @@ class LM2(nn.Module):
     def compile(self, **options) -> None:
         """Compile in place what whole segments pass through, with torch.compile's options: three graphs a
         block, without breaks, shared by all blocks; the loop over segments stays outside, so that a longer
-        document needs no other graph. Open segments, and calls with a trace, run as they are. What nothing has
-        used may get a gradient of zeros instead of none."""
+        document needs no other graph. Open segments, and calls with a trace, run as they are. What nothing
+        has used may get a gradient of zeros instead of none."""
         limit = torch._dynamo.config  # graphs of a function, beyond which it refuses: ours are few, but not 8
         limit.recompile_limit = max(limit.recompile_limit, 64)
         for block in self.layers:

@@ -74,8 +74,8 @@ class TrainConfig:
     table_n: int = 200                  # samples a cell of that table
 
     def __post_init__(self):
-        for name in ("tokens", "final_tokens", "batch_size", "batch_tokens", "accumulate", "leave_window", "stage_steps",
-                     "log_every", "eval_every", "eval_n", "table_n"):
+        for name in ("tokens", "final_tokens", "batch_size", "batch_tokens", "accumulate", "leave_window",
+                     "stage_steps", "log_every", "eval_every", "eval_n", "table_n"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
         for name, low, high in (

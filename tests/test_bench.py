@@ -28,7 +28,8 @@ def test_training_steps_and_products_give_ratios_that_can_be_read_and_are_writte
     counted, timed = map(float, re.findall(rf"would allow LM2 / Llama {NUMBER}$", said, flags=re.MULTILINE))
     work = figures["train"]["gflop"]
     assert 0.5 < counted < 1                    # the memory is additional work
-    counted, timed = map(float, re.findall(rf"would allow LM2 / Llama {NUMBER}$", said, flags=re.M))
+    assert counted == round(work["Llama"] / work["LM2"], 2)
+    assert timed == round(figures["products"]["bound"], 2)
     for name in ("LM2", "Llama"):
         assert 0 < figures["products"][name]["utilisation"] < 2
 

@@ -458,7 +458,8 @@ def test_the_angles_keep_short_waves_slow_long_ones_and_are_as_exact_in_a_bfloat
         model = LM2(cfg).to(dtype)
         turn = turn_table(model.freq, 50, model.dtype, torch.device("cpu"))
         for ours, exact in zip(turn.unbind(-1), reference.tables(cfg)):
-            near(ours.double(), torch.tensor(exact, dtype=torch.float64), 1e-12 if dtype == torch.float64 else 1e-6)
+            near(ours.double(), torch.tensor(exact, dtype=torch.float64),
+                 1e-12 if dtype == torch.float64 else 1e-6)
 
 
 # Rows, gradients

@@ -578,7 +578,8 @@ def test_the_stage_decides_facts_segments_and_their_length(folder, tmp_path, mon
         trainer.train_step()
     assert trainer.stages == [Stage(2, 0, 64), Stage(4, 2, 32), Stage(6, 3, 64)]
     assert seen == [32] * 6
-    facts = [len(MOVED.findall(trainer.tokenizer.decode(row))) for batch in made for row in batch.idx.tolist()]
+    rows = [row for batch in made for row in batch.idx.tolist()]
+    facts = [len(MOVED.findall(trainer.tokenizer.decode(row))) for row in rows]
     assert set(facts) == {2, 3, 4}
 
 
