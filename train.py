@@ -14,19 +14,22 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Iterator
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from babilong_eval import evaluate
 from data import background
 from data.babi import TASKS
 from data.babilong import Builder
-from data.batches import Batches, Maker, Stage
+from data.batches import Batch, Batches, Maker, Stage
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.cli import Parser, one_line
 from data.device import keep_freed_memory, pick_device
 from data.document import length_name, parse_length
+from data.helpers import Helpers
 from data.metrics import cells, exact_match, table
 from data.predictions import save
 from data.samples import check_cells, generated
@@ -42,9 +45,10 @@ class TrainConfig:
     stages: str = "2:0 4:0 10:0 4:2:32 4:3:32 10:4:32 10:8:32 10:8:64 10:16:64 10:8 10:16"  # see Stage
     tokens: int = 10_000_000            # tokens to train on at most; the learning rate ends at 0 there ...
     final_tokens: int = 1_500_000       # ... or after so many in the last stage, whichever comes first
-    batch_size: int = 32                # most documents in a micro-batch
-    batch_tokens: int = 8192            # most tokens in a micro-batch: long documents come in smaller ones
-    accumulate: int = 1                 # micro-batches a step
+    batch_size: int = 16                # most documents in a micro-batch
+    batch_tokens: int = 4096            # most tokens in a micro-batch: long documents come in smaller ones
+    accumulate: int = 2                 # micro-batches a step
+    processes: int | None = None        # that share them, of one thread each; None: as many as fit on a CPU
     asides: int = 3                     # half of the documents are asked at 1 to so many earlier points too
     plain: float = 0.1                  # share of batches without background later on, so 0k is not forgotten
     leave_at: float = 0.9               # share of right answers to its longest documents that ends a stage
@@ -87,6 +91,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"--{name} {value} must lie between {low:g} and {high:g}")
+        if self.processes is not None and (self.processes < 1 or self.accumulate % self.processes):
+            raise ValueError(f"--processes {self.processes} must divide --accumulate {self.accumulate}")
         if self.preset not in PRESETS:
             raise ValueError(f"--preset {self.preset!r} is unknown: choose from {', '.join(PRESETS)}")
         if self.schedule not in ("trapezoid", "cosine"):
@@ -124,8 +130,36 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
     return c, sizes, resume, given
 
 
-ANEW = set("out_dir minutes device threads workers compile recompute eval_every eval_n table_lengths table_n"
-           .split())
+ANEW = set("out_dir minutes device threads processes workers compile recompute eval_every eval_n table_lengths "
+           "table_n".split())
+
+
+def add_gradients(model: LM2, batches: Iterator[Batch], stage: Stage, n: int, c: TrainConfig,
+                  device: torch.device) -> tuple[int, bool, Tensor]:
+    """Add the gradient of n of a step's micro-batches to the parameters'. Nothing in it waits for the device:
+    tokens, whether the documents are the stage's longest; and of the answers [loss, right, all]."""
+    tokens, sums = 0, torch.zeros(3, device=device)
+    for _ in range(n):
+        batch = next(batches)
+        tokens, asked = tokens + batch.idx.numel(), int(batch.words.sum())      # on the host
+        batch = batch.to(device)
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            logits, loss, _ = model(batch.idx, batch.targets, keep=batch.keep,
+                                    segment_len=stage.segment_len, recompute=c.recompute)
+        (loss / c.accumulate).backward()
+        right = ((logits.argmax(-1) == batch.targets.flatten()[batch.keep]) & batch.words).sum()
+        sums += torch.stack([loss.detach() / c.accumulate, right, right.new_tensor(asked)])
+    return tokens, batch.longest, sums
+
+
+def help_step(rank: int, model: LM2, order: tuple[Stage, int], maker: Maker, processes: int, c: TrainConfig
+              ) -> tuple[int, bool, list[float]]:
+    """A helper's share of a step: of its micro-batches every `processes`-th, from `rank` on."""
+    stage, first = order
+    mine = range(first + rank, first + c.accumulate, processes)
+    tokens, longest, sums = add_gradients(model, (maker[stage, i][1] for i in mine), stage, len(mine), c,
+                                          torch.device("cpu"))
+    return tokens, longest, sums.tolist()
 
 
 class Trainer:
@@ -157,8 +191,7 @@ class Trainer:
             raise ValueError("--stages is empty: give facts:segments, once or more")
         self.tasks = list(dict.fromkeys(c.tasks.split()))
         self.table_lengths = [parse_length(x) for x in dict.fromkeys(c.table_lengths.split())]
-        torch.set_num_threads(c.threads or torch.get_num_threads())
-        self.autocast = torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
+        threads = c.threads or torch.get_num_threads()
         documents = background.documents(c.background)
         self.train_set, self.val_set = (Builder(self.tokenizer, part, c.background, documents, c.stories)
                                         for part in ("train", "val"))
@@ -171,15 +204,23 @@ class Trainer:
         self.step = self.tokens = self.stage = self.stage_step = 0
         self.end = c.tokens
         self.seconds, self.recent = 0.0, deque(maxlen=c.leave_window)
+        self.aim()
         if resume:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step, self.tokens, self.end, self.stage, self.stage_step, self.seconds = saved["progress"]
             self.recent.extend(saved["recent"])
-        maker = Maker(self.train_set, tuple(self.tasks), c.batch_size, c.batch_tokens, c.plain, c.asides,
-                      c.seed)
         cuda, workers = self.device.type == "cuda", c.workers
+        fit = [n for n in range(1, 2 if cuda else threads + 1) if c.accumulate % n == 0]
+        self.processes = c.processes or fit[-1]
+        if cuda and self.processes > 1:
+            raise ValueError(f"--processes {self.processes} share a CPU's work: leave it out on a GPU")
+        self.threads = threads, 1 if self.processes > 1 else threads  # to evaluate; to train
+        maker = Maker(self.train_set, tuple(self.tasks), c.batch_size, c.batch_tokens, c.plain, c.asides,
+                      c.seed, c.accumulate)
         self.batches = Batches(maker, self.stages[self.stage], self.step * c.accumulate,
-                               4 * cuda if workers is None else workers, pin=cuda)
+                               4 * cuda if workers is None else workers, cuda, self.processes)
+        self.helpers = Helpers(self.model, self.processes - 1, help_step, (maker, self.processes, c))
+        torch.set_num_threads(self.threads[1])
         self.pending: list[tuple] = []  # of each step since the last line: numbers still on the device
         out.mkdir(parents=True, exist_ok=True)
         path, kept = out / "metrics.jsonl", []
@@ -197,6 +238,11 @@ class Trainer:
                         progress=[self.step, self.tokens, self.end, self.stage, self.stage_step,
                                   self.seconds])
 
+    def close(self) -> None:
+        """End the other processes: helpers and workers."""
+        self.helpers.close()
+        self.batches.loader = None
+
     def log(self, **values) -> None:
         now = dict(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 1))
         self.metrics.write(json.dumps(now | values) + "\n")
@@ -205,48 +251,35 @@ class Trainer:
     def train_step(self) -> None:
         """One step of the optimiser on `accumulate` micro-batches. Nothing in it waits for the device: its
         numbers go to `pending`."""
-        c, segment_len = self.c, self.stages[self.stage].segment_len
+        c, stage = self.c, self.stages[self.stage]
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(c, self.step, self.tokens / self.end)
-        losses, shares, hits, asked = [], [], 0, 0
-        for _ in range(c.accumulate):
-            batch = next(self.batches)
-            count = int(batch.words.sum())          # on the host
-            batch = batch.to(self.device)
-            with self.autocast:
-                logits, loss, _ = self.model(batch.idx, batch.targets, keep=batch.keep,
-                                             segment_len=segment_len, recompute=c.recompute)
-            (loss / c.accumulate).backward()
-            wanted = batch.targets.flatten()[batch.keep]
-            right = ((logits.argmax(-1) == wanted) & batch.words).sum()
-            losses.append(loss.detach())
-            hits, asked = hits + right, asked + count
-            self.tokens += batch.idx.numel()
-            if batch.longest:
-                shares.append(right / count)
+        self.helpers.start((stage, self.step * c.accumulate))
+        results = [add_gradients(self.model, self.batches, stage, c.accumulate // self.processes, c,
+                                 self.device)]
+        results += self.helpers.finish()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step, self.stage_step = self.step + 1, self.stage_step + 1
-        numbers = torch.stack([norm, sum(losses) / len(losses), hits / asked, *shares])
-        self.pending.append((len(shares), numbers))
+        self.tokens += sum(tokens for tokens, _, _ in results)
+        loss, right, asked = sum(torch.as_tensor(numbers, device=self.device) for _, _, numbers in results)
+        self.pending.append((results[0][1], torch.stack([norm, loss, right / asked])))
 
     def collect(self) -> dict:
         """Fetch the numbers of the pending steps: the mean loss and the last step's others. ValueError for a
         gradient that is not finite, before anything is saved."""
-        sizes, values = [n for n, _ in self.pending], torch.cat([x for _, x in self.pending]).tolist()
+        longest = [whether for whether, _ in self.pending]
+        values = torch.stack([numbers for _, numbers in self.pending]).tolist()
         self.pending.clear()
-        losses = []
-        for i, n in enumerate(sizes):
-            norm, loss, accuracy, *shares = values[:3 + n]
-            values = values[3 + n:]
+        for i, (norm, loss, accuracy) in enumerate(values):
             if not math.isfinite(norm):
-                raise ValueError(f"the gradient is {norm} at step {self.step - len(sizes) + i}: lower --lr, "
+                raise ValueError(f"the gradient is {norm} at step {self.step - len(values) + i}: lower --lr, "
                                  "--resume if you can")
-            losses.append(loss)
-            self.recent.extend(shares)
-        return dict(loss=sum(losses) / len(losses), accuracy=accuracy, stage=self.stage, grad_norm=norm,
-                    lr=self.optimizer.param_groups[0]["lr"])
+            if longest[i]:
+                self.recent.append(accuracy)
+        return dict(loss=sum(loss for _, loss, _ in values) / len(values), accuracy=accuracy, stage=self.stage,
+                    grad_norm=norm, lr=self.optimizer.param_groups[0]["lr"])
 
     def aim(self) -> None:
         """In the last stage the end is in sight."""
@@ -279,7 +312,10 @@ class Trainer:
 
     def evaluate(self, lengths: list[int], n: int, seed: int, modes: tuple, show: bool = False) -> list[dict]:
         samples, work = generated(self.val_set, seed), [(t, x, n) for t in self.tasks for x in lengths]
-        return sum(evaluate(self.model, self.tokenizer, samples, work, modes, show=show), [])
+        torch.set_num_threads(self.threads[0])  # the helpers wait meanwhile
+        rows = sum(evaluate(self.model, self.tokenizer, samples, work, modes, show=show), [])
+        torch.set_num_threads(self.threads[1])
+        return rows
 
     def run(self) -> None:
         c, began, before = self.c, time.perf_counter(), self.seconds
@@ -316,6 +352,7 @@ class Trainer:
             self.train_step()
             bar.update(self.tokens - start)
         bar.close()
+        self.close()
         rate = f" ({sorted(rates)[len(rates) // 2]:,.0f} tokens/s)" if rates else ""  # the median: no warm-up
         print(f"trained {self.tokens / 1e6:.1f} M tokens in {self.step} steps and {self.seconds / 60:.1f} "
               f"minutes{rate}; wrote {self.ckpt}", flush=True)
@@ -333,16 +370,19 @@ def main(argv: list[str] | None = None) -> None:
         why = "asked for" if t.c.device != "auto" else "found" if cuda else "no CUDA device here"
         print(t.c, t.model.cfg, sep="\n")
         print(f"{total:,} parameters, {memory:,} of them memory",
-              f"{t.device} ({why}), {'bfloat16' if cuda else 'float32'}, {torch.get_num_threads()} threads",
+              f"{t.device} ({why}), {'bfloat16' if cuda else 'float32'}, "
+              + (f"{t.processes} processes of one thread" if t.processes > 1 else f"{t.threads[1]} threads"),
               f"{len(t.train_set.prose):,} tokens of background to train on, {len(t.val_set.prose):,} to "
               f"validate, {t.train_set.chars_per_token:.2f} characters a token",
-              f"{t.c.batch_size} documents a step, or fewer with {t.c.batch_tokens:,} tokens, times "
-              f"{t.c.accumulate}", sep="\n", flush=True)
+              f"{t.c.accumulate} times {t.c.batch_size} documents a step, or fewer with {t.c.batch_tokens:,} "
+              "tokens", sep="\n", flush=True)
         try:
             t.run()
         except KeyboardInterrupt:
             t.save()
             raise
+        finally:
+            t.close()
 
 
 if __name__ == "__main__":

@@ -67,16 +67,17 @@ class Maker:
     plain: float                        # share of batches without background where the stage has some
     asides: int                         # half of the documents are asked at 1 to so many earlier points too
     seed: int
+    together: int = 1                   # batches of a step: their documents are of one length, or all plain
 
     def __getitem__(self, key: tuple[Stage, int]) -> tuple[tuple[Stage, int], Batch]:
         (stage, number), S = key, key[0].segment_len
-        rng = random.Random(f"{self.seed} {number}")
+        rng = random.Random(f"{self.seed} step {number // self.together}")
         bare = stage.segments == 0 or rng.random() < self.plain
         segments = stage.segments if rng.random() < 0.5 else 1 + int(rng.random() * stage.segments)
         segments = 0 if bare else max(1, segments)  # half of those with background are the stage's longest
         size = max(1, min(self.size, self.tokens // (S * max(1, segments))))
         room = (0, 0) if bare else ((segments - 1) * S + 1, segments * S)
-        documents, often = [], self.asides and stage.segments
+        rng, documents, often = random.Random(f"{self.seed} {number}"), [], self.asides and stage.segments
         for _ in range(size):  # half of them with all the facts
             facts = stage.facts if rng.random() < 0.5 else 2 + int(rng.random() * (stage.facts - 1))
             asides = 1 + int(rng.random() * self.asides) if often and rng.random() < 0.5 else 0
@@ -101,10 +102,12 @@ def as_it_is(item):
 
 class Batches:
     """The batches of a run in turn, in the stage that `stage` says: `next(batches)`. Workers make them ahead;
-    those of a stage that has been left meanwhile are thrown away and their numbers made again."""
+    those of a stage that has been left meanwhile are thrown away and their numbers made again. `every`: one
+    batch in so many, for one of as many processes."""
 
-    def __init__(self, maker: Maker, stage: Stage, number: int = 0, workers: int = 0, pin: bool = False):
-        self.stage, self.number = stage, number     # number: of the next batch to come out
+    def __init__(self, maker: Maker, stage: Stage, number: int = 0, workers: int = 0, pin: bool = False,
+                 every: int = 1):
+        self.stage, self.number, self.every = stage, number, every  # number: of the next batch to come out
         self.given = number                         # of the next one to be ordered
         self.loader = iter(DataLoader(maker, batch_size=None, sampler=self.orders(), num_workers=workers,
                                       pin_memory=pin, collate_fn=as_it_is,
@@ -112,8 +115,8 @@ class Batches:
 
     def orders(self) -> Iterator[tuple[Stage, int]]:
         while True:
-            self.given += 1
-            yield self.stage, self.given - 1
+            self.given += self.every
+            yield self.stage, self.given - self.every
 
     def enter(self, stage: Stage) -> None:
         """From the next batch on."""
@@ -123,7 +126,7 @@ class Batches:
         while True:
             (stage, number), batch = next(self.loader)
             if (stage, number) == (self.stage, self.number):
-                self.number += 1
+                self.number += self.every
                 return batch
 
 

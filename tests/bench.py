@@ -364,7 +364,7 @@ def batches(s: Setup) -> dict:
     model = LM2(LM2Config(**PRESETS[c.preset] | dict(vocab_size=builder.tokenizer.n_vocab))).to(s.device)
     stages, figures, numbers = c.stages.split(), {}, itertools.count()
     maker = Maker(builder, tuple(c.tasks.split()), c.batch_size, c.batch_tokens, c.plain, c.asides,
-                  c.seed)
+                  c.seed, c.accumulate)
     print(f"\ndata: making the default batches, and steps of {model.n_params()[0]:,} parameters on them\n"
           f"{'stage':24}{'documents/s':>13}{'tokens/s':>12}{'step tokens/s':>15}{'share in %':>12}")
     for text in (stages[0], stages[len(stages) // 2], stages[-1]):

@@ -39,7 +39,7 @@ SIZES = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=16, ffn_dim=32, n_slot=4, 
 MODEL = [x for name, value in dict(SIZES, segment_len=64).items() for x in (f"--{name}", str(value))]
 TINY = MODEL + ["--batch_size", "4", "--warmup", "5", "--table_lengths", "0k", "--table_n", "2", "--eval_n",
                 "2", "--log_every",
-                "1", "--threads", "1", "--device", "cpu"]
+                "1", "--threads", "1", "--device", "cpu", "--accumulate", "1"]
 ROOMS = {"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"}
 
 
