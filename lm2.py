@@ -354,8 +354,9 @@ class LM2(nn.Module):
         block, without breaks, shared by all blocks; the loop over segments stays outside, so that a longer
         document needs no other graph. Open segments, and calls with a trace, run as they are. What nothing
         has used may get a gradient of zeros instead of none."""
-        limit = torch._dynamo.config  # graphs of a function, beyond which it refuses: ours are few, but not 8
-        limit.recompile_limit = max(limit.recompile_limit, 64)
+        config = torch._dynamo.config  # graphs of a function, beyond which it refuses: ours are few, but not 8
+        limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # PyTorch 2.6
+        setattr(config, limit, max(getattr(config, limit), 64))
         for block in self.layers:
             parts = block.before, block.memory and block.memory.step, block.after
             block.fast = tuple(part and torch.compile(part, fullgraph=True, **options) for part in parts)

@@ -10,6 +10,8 @@ Writes ckpt.pt, metrics.jsonl and, of the table of accuracy against length that 
 """
 import json
 import math
+import random
+import signal
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, fields
@@ -42,18 +44,19 @@ class TrainConfig:
     preset: str = "cpu"                 # model of lm2.PRESETS; flags of single sizes win over it
     out_dir: str = "out"                # folder for ckpt.pt, metrics.jsonl and table.jsonl
     tasks: str = "qa1"                  # bAbI tasks to train on and to evaluate, with spaces between
-    stages: str = "2:0 4:0 10:0 4:2:32 4:3:32 10:4:32 10:8:32 10:8:64 10:16:64 10:8 10:16"  # see Stage
+    stages: str = "2:0 4:0 10:0 4:2:32 4:3:32 10:4:32 10:8:32 10:16:64 10:16 10:32"  # see Stage
     tokens: int = 10_000_000            # tokens to train on at most; the learning rate ends at 0 there ...
     final_tokens: int = 1_500_000       # ... or after so many in the last stage, whichever comes first
     batch_size: int = 16                # most documents in a micro-batch
     batch_tokens: int = 4096            # most tokens in a micro-batch: long documents come in smaller ones
     accumulate: int = 2                 # micro-batches a step
-    processes: int | None = None        # that share them, of one thread each; None: as many as fit on a CPU
+    processes: int | None = None        # of one thread each that share them; None: the CPU's threads, if those
+    #                                     divide the micro-batches, else 1 with all threads
     asides: int = 3                     # half of the documents are asked at 1 to so many earlier points too
     plain: float = 0.1                  # share of batches without background later on, so 0k is not forgotten
     leave_at: float = 0.9               # share of right answers to its longest documents that ends a stage
     leave_plain_at: float = 0.95        # ... this share in stages without background ...
-    leave_window: int = 24              # ... over so many of its latest batches, asked at log_every
+    leave_window: int = 16              # ... over so many of its latest steps, asked at log_every
     stage_steps: int = 1500             # ... or after so many steps
     lr: float = 2e-3                    # learning rate
     schedule: str = "trapezoid"         # after the warm-up: trapezoid (constant, then linear to 0) or cosine
@@ -118,8 +121,8 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
     parser = Parser("train.py", __doc__.split("\n")[0])
     parser.add_argument("--resume", action="store_true",
                         help="go on from out_dir/ckpt.pt with its configuration; only out_dir, minutes, "
-                             "device, threads, workers, compile, recompute, eval_*, table_* may be given "
-                             "anew (default off)")
+                             "device, threads, processes, workers, compile, recompute, eval_*, table_* "
+                             "may be given anew (default off)")
     parser.add_fields(TrainConfig)
     parser.add_fields(LM2Config, skip=("vocab_size", "rope_scaling"), shown=PRESETS["cpu"])
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
@@ -148,7 +151,7 @@ def add_gradients(model: LM2, batches: Iterator[Batch], stage: Stage, n: int, c:
                                     segment_len=stage.segment_len, recompute=c.recompute)
         (loss / c.accumulate).backward()
         right = ((logits.argmax(-1) == batch.targets.flatten()[batch.keep]) & batch.words).sum()
-        sums += torch.stack([loss.detach() / c.accumulate, right, right.new_tensor(asked)])
+        sums += torch.stack([loss.detach() / c.accumulate, right, torch.full_like(right, asked)])
     return tokens, batch.longest, sums
 
 
@@ -156,6 +159,8 @@ def help_step(rank: int, model: LM2, order: tuple[Stage, int], maker: Maker, pro
               ) -> tuple[int, bool, list[float]]:
     """A helper's share of a step: of its micro-batches every `processes`-th, from `rank` on."""
     stage, first = order
+    if c.compile and model.layers[0].fast is None:
+        model.compile()
     mine = range(first + rank, first + c.accumulate, processes)
     tokens, longest, sums = add_gradients(model, (maker[stage, i][1] for i in mine), stage, len(mine), c,
                                           torch.device("cpu"))
@@ -196,12 +201,13 @@ class Trainer:
         self.train_set, self.val_set = (Builder(self.tokenizer, part, c.background, documents, c.stories)
                                         for part in ("train", "val"))
         check_cells(generated(self.val_set, c.seed), self.tasks, self.table_lengths)
+        for task in self.tasks:
+            self.train_set.story(task, 2, random.Random(0))  # what is wrong with files shows before the start
         self.model.to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.optimizer_groups(c.weight_decay), lr=c.lr,
                                            betas=(0.9, c.beta2), fused=True)
-        if c.compile:
-            self.model.compile()
         self.step = self.tokens = self.stage = self.stage_step = 0
+        self.stopped = False
         self.end = c.tokens
         self.seconds, self.recent = 0.0, deque(maxlen=c.leave_window)
         self.aim()
@@ -210,10 +216,10 @@ class Trainer:
             self.step, self.tokens, self.end, self.stage, self.stage_step, self.seconds = saved["progress"]
             self.recent.extend(saved["recent"])
         cuda, workers = self.device.type == "cuda", c.workers
-        fit = [n for n in range(1, 2 if cuda else threads + 1) if c.accumulate % n == 0]
-        self.processes = c.processes or fit[-1]
-        if cuda and self.processes > 1:
-            raise ValueError(f"--processes {self.processes} share a CPU's work: leave it out on a GPU")
+        if cuda and given.get("processes", 1) > 1:
+            raise ValueError(f"--processes {c.processes} share a CPU's work: leave it out on a GPU")
+        fit = c.processes or (threads if c.accumulate % threads == 0 else 1)
+        self.processes = 1 if cuda else fit
         self.threads = threads, 1 if self.processes > 1 else threads  # to evaluate; to train
         maker = Maker(self.train_set, tuple(self.tasks), c.batch_size, c.batch_tokens, c.plain, c.asides,
                       c.seed, c.accumulate)
@@ -221,6 +227,8 @@ class Trainer:
                                4 * cuda if workers is None else workers, cuda, self.processes)
         self.helpers = Helpers(self.model, self.processes - 1, help_step, (maker, self.processes, c))
         torch.set_num_threads(self.threads[1])
+        if c.compile:
+            self.model.compile()
         self.pending: list[tuple] = []  # of each step since the last line: numbers still on the device
         out.mkdir(parents=True, exist_ok=True)
         path, kept = out / "metrics.jsonl", []
@@ -238,9 +246,16 @@ class Trainer:
                         progress=[self.step, self.tokens, self.end, self.stage, self.stage_step,
                                   self.seconds])
 
+    def stop(self, *_) -> None:
+        """On Ctrl-C: end behind the step under way, saved; at once if asked twice."""
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+
     def close(self) -> None:
         """End the other processes: helpers and workers."""
         self.helpers.close()
+        torch.set_num_threads(self.threads[0])
         self.batches.loader = None
 
     def log(self, **values) -> None:
@@ -348,14 +363,20 @@ class Trainer:
                 self.save()
             if last:
                 break
+            if self.stopped:
+                self.save()
+                raise KeyboardInterrupt
             start = self.tokens
             self.train_step()
             bar.update(self.tokens - start)
         bar.close()
-        self.close()
         rate = f" ({sorted(rates)[len(rates) // 2]:,.0f} tokens/s)" if rates else ""  # the median: no warm-up
         print(f"trained {self.tokens / 1e6:.1f} M tokens in {self.step} steps and {self.seconds / 60:.1f} "
               f"minutes{rate}; wrote {self.ckpt}", flush=True)
+
+    def report(self) -> None:
+        """Accuracy against length, printed and written beside the checkpoint."""
+        c = self.c
         rows = self.evaluate(self.table_lengths, c.table_n, 0, ("on", "off"), show=True)
         save(rows, self.ckpt.with_name("table.jsonl"))
         print(table(cells(rows)))
@@ -376,13 +397,13 @@ def main(argv: list[str] | None = None) -> None:
               f"validate, {t.train_set.chars_per_token:.2f} characters a token",
               f"{t.c.accumulate} times {t.c.batch_size} documents a step, or fewer with {t.c.batch_tokens:,} "
               "tokens", sep="\n", flush=True)
+        before = signal.signal(signal.SIGINT, t.stop)
         try:
             t.run()
-        except KeyboardInterrupt:
-            t.save()
-            raise
         finally:
+            signal.signal(signal.SIGINT, before)
             t.close()
+        t.report()
 
 
 if __name__ == "__main__":

@@ -73,8 +73,8 @@ class Maker:
         (stage, number), S = key, key[0].segment_len
         rng = random.Random(f"{self.seed} step {number // self.together}")
         bare = stage.segments == 0 or rng.random() < self.plain
-        segments = stage.segments if rng.random() < 0.5 else 1 + int(rng.random() * stage.segments)
-        segments = 0 if bare else max(1, segments)  # half of those with background are the stage's longest
+        segments = stage.segments if rng.random() < 0.5 else 1 + int(rng.random() ** 2 * stage.segments)
+        segments = 0 if bare else max(1, segments)  # half are the stage's longest, of the others many short
         size = max(1, min(self.size, self.tokens // (S * max(1, segments))))
         room = (0, 0) if bare else ((segments - 1) * S + 1, segments * S)
         rng, documents, often = random.Random(f"{self.seed} {number}"), [], self.asides and stage.segments

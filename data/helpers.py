@@ -8,6 +8,8 @@ Writes nothing. The weights lie in shared memory: a step of the optimiser reache
 """
 import multiprocessing
 import signal
+import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -16,17 +18,25 @@ import torch.nn as nn
 
 
 class Helpers:
-    """`n` processes, ranks 1 .. n. `work` runs in each, on every order, and leaves its gradients in its copy
-    of the model; `finish` adds them to this process's, in the order of the ranks."""
+    """`n` processes, ranks 1 .. n, of one thread each. `work` runs in all of them, on every order, and leaves
+    its gradients in their copy of the model; `finish` adds them to this process's, in the order of ranks."""
 
     def __init__(self, model: nn.Module, n: int, work: Callable, arguments: tuple):
         self.model, self.pipes, self.processes = model, [], []
-        if n:
+        if not n:
+            return
+        try:
             model.share_memory()
-        self.sums = torch.zeros(n, sum(p.numel() for p in model.parameters())).share_memory_()
+            self.sums = torch.zeros(n, sum(p.numel() for p in model.parameters())).share_memory_()
+        except RuntimeError as error:   # such as a small /dev/shm
+            raise ValueError(f"no memory for processes to share ({str(error).splitlines()[0][:200]}): "
+                             "--processes 1 needs none") from None
+        # a fork is quick and needs nothing pickled, but must not follow CUDA's threads
+        fork = sys.platform == "linux" and not torch.cuda.is_available()
+        context = multiprocessing.get_context("fork" if fork else "spawn")
         for rank in range(1, n + 1):
-            here, there = multiprocessing.Pipe()
-            self.processes.append(multiprocessing.Process(target=serve, daemon=True, args=(
+            here, there = context.Pipe()
+            self.processes.append(context.Process(target=serve, daemon=True, args=(
                 rank, model, self.sums[rank - 1], here, there, work, arguments)))
             self.processes[-1].start()
             there.close()
@@ -36,32 +46,37 @@ class Helpers:
         for pipe in self.pipes:
             try:
                 pipe.send(order)
-            except BrokenPipeError:
+            except (BrokenPipeError, ConnectionResetError):
                 raise self.gone() from None
 
     def finish(self) -> list:
-        """What `work` returned in each process, its gradients added here; an exception of one is raised."""
-        results = []
-        for pipe, flat in zip(self.pipes, self.sums):
-            try:
-                result, has = pipe.recv()
-            except (EOFError, ConnectionResetError):
-                raise self.gone() from None
-            if isinstance(result, Exception):
+        """What `work` returned in each process, its gradients added here; an error of one is raised."""
+        try:
+            answers = [pipe.recv() for pipe in self.pipes]      # all of them, before anything is raised
+        except (EOFError, ConnectionResetError):
+            raise self.gone() from None
+        for result, has in answers:
+            if has is None:
                 raise result
+        for (_, has), flat in zip(answers, self.sums if self.pipes else ()):
             for p, there, g in zip(self.model.parameters(), has, parts(flat, self.model)):
                 if there and p.grad is None:
                     p.grad = g.clone()
                 elif there:
                     p.grad += g
-            results.append(result)
-        return results
+        return [result for result, _ in answers]
 
     def close(self) -> None:
         """End the processes; a second call does nothing."""
         for pipe in self.pipes:
+            try:
+                pipe.send(None)
+            except (BrokenPipeError, ConnectionResetError):
+                pass                                            # that one has ended already
             pipe.close()
         for process in self.processes:
+            process.join(10)
+            process.kill()                                      # none that still works on a step is awaited
             process.join()
         self.pipes, self.processes = [], []
 
@@ -78,26 +93,29 @@ def parts(flat: torch.Tensor, model: nn.Module) -> list[torch.Tensor]:
 
 def serve(rank: int, model: nn.Module, flat: torch.Tensor, here: Any, pipe: Any, work: Callable,
           arguments: tuple) -> None:
-    """A helper's life: until the other end of the pipe is closed."""
-    here.close()                                    # of this process's copy: else the end never comes
+    """A helper's life: until it is told to end, or the process that it helps has ended."""
+    here.close()                                    # of this process's copy: else the end is never seen
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # the first process saves, then ends them all
     torch.set_num_threads(1)
     views = parts(flat, model)
-    while True:
-        try:
-            order = pipe.recv()
-        except EOFError:
-            return
-        try:
-            model.zero_grad(set_to_none=True)
-            result = work(rank, model, order, *arguments)
-            has = [p.grad is not None for p in model.parameters()]
-            for p, view in zip(model.parameters(), views):
-                if p.grad is not None:
-                    view.copy_(p.grad)
-        except Exception as error:
-            result, has = error, []
-        try:
-            pipe.send((result, has))
-        except BrokenPipeError:
-            return
+    try:
+        while (order := pipe.recv()) is not None:
+            pipe.send(result_of(rank, model, order, views, work, arguments))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass
+
+
+def result_of(rank: int, model: nn.Module, order: Any, views: list[torch.Tensor], work: Callable,
+              arguments: tuple) -> tuple[Any, list[bool] | None]:
+    """What `work` returns, and of which weights it has left a gradient in `views`; or its error, and None."""
+    try:
+        model.zero_grad(set_to_none=True)
+        result, has = work(rank, model, order, *arguments), [p.grad is not None for p in model.parameters()]
+        for p, view in zip(model.parameters(), views):
+            if p.grad is not None:
+                view.copy_(p.grad)
+        return result, has
+    except (ValueError, OSError) as error:          # a user's mistake
+        return ValueError(str(error)), None
+    except Exception:                               # ours: the cause is told, whatever can be pickled of it
+        return RuntimeError(traceback.format_exc()), None

@@ -5,14 +5,17 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import train
 from data.helpers import Helpers
-from test_scripts import TINY, folder, make, no_worker_left, refused, same_tensors, step  # noqa: F401
+from test_scripts import TINY, content, folder, make, no_worker_left, refused, same_tensors, step  # noqa: F401
 
 STAGES = ["--stages", "2:0 3:2", "--stage_steps", "2", "--tokens", "100000", "--plain", "0"]
 
@@ -75,19 +78,84 @@ def use(rank, model, order, factor):
     return "rank", rank
 
 
+class Odd(Exception):
+    """One that cannot be pickled as it is."""
+
+    def __init__(self, a, b):
+        super().__init__(lambda: a)
+
+
 def fail(rank, model, order):
-    raise ValueError(f"no {order}")
+    if rank == 1 and order == "odd":
+        raise Odd(1, 2)
+    if rank == 1 and order != "good":
+        raise ValueError(f"no {order}")
+    return rank, order
 
 
-def test_an_error_of_a_helper_is_raised_where_its_result_is_awaited():
-    helpers = Helpers(torch.nn.Linear(2, 2), 1, fail, ())
+def test_an_error_of_a_helper_is_raised_where_its_result_is_awaited_and_leaves_nothing_behind():
+    helpers = Helpers(torch.nn.Linear(2, 2), 2, fail, ())
     try:
-        for order in ("bread", "milk"):
+        for order, error in (("bread", ValueError), ("odd", RuntimeError), ("milk", ValueError)):
             helpers.start(order)
-            with pytest.raises(ValueError, match=f"no {order}"):
+            with pytest.raises(error, match="Odd" if order == "odd" else f"^no {order}$"):
                 helpers.finish()
+            helpers.start("good")
+            assert helpers.finish() == [(1, "good"), (2, "good")]
     finally:
         helpers.close()
+
+
+def test_helpers_end_though_others_were_made_after_them():
+    first, second = (Helpers(torch.nn.Linear(2, 2), 1, fail, ()) for _ in range(2))
+    began = time.monotonic()
+    first.close()
+    assert time.monotonic() - began < 5
+    second.start("good")
+    assert second.finish() == [(1, "good")]
+    second.close()
+
+
+def test_memory_that_cannot_be_shared_is_told_in_a_line(monkeypatch):
+    def full(self):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)\nstack")
+    monkeypatch.setattr(torch.nn.Module, "share_memory", full)
+    with pytest.raises(ValueError, match=r"No space left on device \(28\)\): --processes 1 needs none$"):
+        Helpers(torch.nn.Linear(2, 2), 1, fail, ())
+
+
+@pytest.mark.parametrize("after", [5, 7])
+def test_interrupted_it_saves_behind_a_whole_step_and_goes_on_bit_for_bit(folder, tmp_path, after):  # noqa: F811
+    """Ctrl-C while the optimiser steps, and while numbers are fetched."""
+    code = f"""if True:
+        import os, signal, sys, torch, train
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # `&` ignores it
+        calls, step, collect = [], torch.optim.AdamW.step, train.Trainer.collect
+        def struck(real):
+            def call(*args, **options):
+                calls.append(1)
+                if len(calls) == {after}:
+                    os.kill(0, signal.SIGINT)       # the whole group, as a terminal does
+                return real(*args, **options)
+            return call
+        if {after} == 5:
+            torch.optim.AdamW.step = struck(step)
+        else:
+            train.Trainer.collect = struck(collect)
+        train.main(sys.argv[1:])"""
+    flags = [*TINY, *STAGES, "--tokens", "20000", "--log_every", "2", "--accumulate", "2", "--processes", "2",
+             "--background", str(folder), "--threads", "2"]
+
+    def run(*argv):
+        return subprocess.run([sys.executable, *argv], cwd=Path(train.__file__).parent, capture_output=True,
+                              text=True, start_new_session=True, timeout=100)
+    assert run("train.py", *flags, "--out_dir", str(tmp_path / "straight")).returncode == 0
+    cut = run("-c", code, *flags, "--out_dir", str(tmp_path / "cut"))
+    assert cut.returncode == 130 and len(cut.stderr.splitlines()) == 1, cut.stderr
+    assert 0 < content(tmp_path / "cut", "progress")["progress"][1] < 20000
+    assert run("train.py", "--resume", "--out_dir", str(tmp_path / "cut")).returncode == 0
+    ends = [content(tmp_path / name, "model", "optimizer", "recent") for name in ("straight", "cut")]
+    assert same_tensors(*ends)
 
 
 def test_the_micro_batches_of_a_step_are_of_one_length_but_not_of_the_same_documents(folder, tmp_path):  # noqa: F811
@@ -155,9 +223,11 @@ def test_processes_must_divide_the_micro_batches(capsys, folder, tmp_path, proce
     assert f"--processes {processes} must divide --accumulate 3" in err
 
 
-@pytest.mark.parametrize("threads, accumulate, processes", [(1, 2, 1), (2, 2, 2), (3, 4, 2), (4, 4, 4), (8, 3, 3)])
-def test_by_default_there_are_as_many_processes_as_threads_and_micro_batches_allow(
+@pytest.mark.parametrize("threads, accumulate, processes", [(1, 2, 1), (2, 2, 2), (2, 4, 2), (4, 4, 4), (3, 4, 1), (8, 2, 1)])
+def test_by_default_a_process_for_each_thread_or_one_with_them_all(
         folder, tmp_path, threads, accumulate, processes):  # noqa: F811
     trainer = make(folder, tmp_path, "--threads", str(threads), "--accumulate", str(accumulate))
     trainer.close()
-    assert trainer.processes == processes
+    assert trainer.processes == processes and trainer.threads == (threads, 1 if processes > 1 else threads)
+    assert torch.get_num_threads() == threads       # as a run behind this one would find it
+    torch.set_num_threads(1)
