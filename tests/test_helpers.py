@@ -5,17 +5,14 @@
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 import train
 from data.helpers import Helpers
-from test_scripts import TINY, content, folder, make, no_worker_left, refused, same_tensors, step  # noqa: F401
+from test_scripts import TINY, content, fit, folder, make, no_worker_left, refused, same_tensors, step  # noqa: F401
 
 STAGES = ["--stages", "2:0 3:2", "--stage_steps", "2", "--tokens", "100000", "--plain", "0"]
 
@@ -124,37 +121,27 @@ def test_memory_that_cannot_be_shared_is_told_in_a_line(monkeypatch):
         Helpers(torch.nn.Linear(2, 2), 1, fail, ())
 
 
-@pytest.mark.parametrize("after", [5, 7])
-def test_interrupted_it_saves_behind_a_whole_step_and_goes_on_bit_for_bit(folder, tmp_path, after):  # noqa: F811
-    """Ctrl-C while the optimiser steps, and while numbers are fetched."""
-    code = f"""if True:
-        import os, signal, sys, torch, train
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # `&` ignores it
-        calls, step, collect = [], torch.optim.AdamW.step, train.Trainer.collect
-        def struck(real):
-            def call(*args, **options):
-                calls.append(1)
-                if len(calls) == {after}:
-                    os.kill(0, signal.SIGINT)       # the whole group, as a terminal does
-                return real(*args, **options)
-            return call
-        if {after} == 5:
-            torch.optim.AdamW.step = struck(step)
-        else:
-            train.Trainer.collect = struck(collect)
-        train.main(sys.argv[1:])"""
-    flags = [*TINY, *STAGES, "--tokens", "20000", "--log_every", "2", "--accumulate", "2", "--processes", "2",
-             "--background", str(folder), "--threads", "2"]
+@pytest.mark.parametrize("owner, name", [(torch.optim.AdamW, "step"), (train.Trainer, "collect")])
+def test_interrupted_it_saves_behind_a_whole_step_and_goes_on_bit_for_bit(
+        capsys, fit, tmp_path, monkeypatch, owner, name):
+    """Ctrl-C, which a terminal sends to all processes, while the optimiser steps and while numbers are fetched."""
+    flags = [*STAGES, "--tokens", "20000", "--log_every", "2", "--accumulate", "2", "--processes", "2"]
+    fit(tmp_path / "straight", *flags)
+    calls, real = [], getattr(owner, name)
 
-    def run(*argv):
-        return subprocess.run([sys.executable, *argv], cwd=Path(train.__file__).parent, capture_output=True,
-                              text=True, start_new_session=True, timeout=100)
-    assert run("train.py", *flags, "--out_dir", str(tmp_path / "straight")).returncode == 0
-    cut = run("-c", code, *flags, "--out_dir", str(tmp_path / "cut"))
-    assert cut.returncode == 130 and len(cut.stderr.splitlines()) == 1, cut.stderr
+    def struck(*args, **options):
+        calls.append(1)
+        if len(calls) == 6:
+            for pid in [child.pid for child in multiprocessing.active_children()] + [os.getpid()]:
+                os.kill(pid, signal.SIGINT)
+        return real(*args, **options)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(owner, name, struck)
+        fit(tmp_path / "cut", *flags)
+    assert end.value.code == 130 and len(capsys.readouterr().err.splitlines()) == 1
     assert 0 < content(tmp_path / "cut", "progress")["progress"][1] < 20000
-    assert run("train.py", "--resume", "--out_dir", str(tmp_path / "cut")).returncode == 0
-    ends = [content(tmp_path / name, "model", "optimizer", "recent") for name in ("straight", "cut")]
+    train.main(["--resume", "--out_dir", str(tmp_path / "cut")])
+    ends = [content(tmp_path / run, "model", "optimizer", "recent") for run in ("straight", "cut")]
     assert same_tensors(*ends)
 
 
