@@ -44,7 +44,7 @@ class TrainConfig:
     preset: str = "cpu"                 # model of lm2.PRESETS; flags of single sizes win over it
     out_dir: str = "out"                # folder for ckpt.pt, metrics.jsonl and table.jsonl
     tasks: str = "qa1"                  # bAbI tasks to train on and to evaluate, with spaces between
-    stages: str = "2:0 4:0 10:0 4:2:32 4:3:32 10:4:32 10:8:32 10:16:64 10:32"  # see Stage
+    stages: str = "2:0 4:0 10:0 4:2:32 4:3:32 10:4:32 10:8:32 10:16:64 10:16 10:32"  # see Stage
     tokens: int = 10_000_000            # tokens to train on at most; the learning rate ends at 0 there ...
     final_tokens: int = 1_500_000       # ... or after so many in the last stage, whichever comes first
     batch_size: int = 16                # most documents in a micro-batch
