@@ -41,7 +41,7 @@ from lm2 import LM2, BlockState, LM2State
 def of_rows(state: LM2State, rows: list[int]) -> LM2State:
     """The state of some rows of a batch, in that order."""
     return LM2State([BlockState(**{name: None if t is None else t[rows] for name, t in vars(b).items()})
-                     for b in state.blocks], state.fill)
+                     for b in state.blocks], None if state.mem is None else state.mem[rows], state.fill)
 
 
 @torch.no_grad()
@@ -51,15 +51,18 @@ def carried(model: LM2, prompts: list[np.ndarray]) -> LM2State:
     S, left = model.cfg.segment_len, model.initial_state(len(prompts))
     ends = [(len(p) - 1) // S for p in prompts]                     # whole segments before the last
     rows, done, state = list(range(len(prompts))), 0, left
-    if not model.cfg.n_mem_layer:
+    if not (model.cfg.n_mem_layer or model.cfg.n_mem_token):
         return left                                                             # nothing is carried
     for end in sorted(set(ends)):
         if end > done:
             idx = torch.from_numpy(np.stack([prompts[i][done * S:end * S] for i in rows]))
             _, state = model.read(idx.to(left.blocks[0].k.device), state)
+        at = torch.tensor(rows, device=left.blocks[0].k.device)
         for to, have in zip(left.blocks, state.blocks):
             if have.bank is not None:
-                to.bank = to.bank.index_copy(0, torch.tensor(rows, device=to.bank.device), have.bank)
+                to.bank = to.bank.index_copy(0, at, have.bank)
+        if state.mem is not None:                                               # of an RMT
+            left.mem = left.mem.index_copy(0, at, state.mem)
         stay = [j for j, i in enumerate(rows) if ends[i] > end]
         rows, done, state = [rows[j] for j in stay], end, of_rows(state, stay)
     return left

@@ -43,14 +43,20 @@ class LM2Config:
     n_slot: int = 16                    # N, memory slots of a block
     n_mem_head: int = 8                 # HM, heads of the memory cross-attention
     n_mem_layer: int | None = None      # first n blocks with memory (paper Fig. 5); None: all, 0: plain Llama
+    n_mem_token: int = 0                # K, memory tokens of an RMT (arXiv 2207.06881), which has no banks
     rope_theta: float = 10000.0         # base of the rotary angles
     rope_scaling: dict | None = None    # Llama-3.x: slower long waves; its four keys as in PRESETS
     norm_eps: float = 1e-5              # added to the mean square in RMSNorm
     tie_embeddings: bool = False        # output head = token embedding
 
+    @property
+    def kind(self) -> str:
+        """What it is a model of: "lm2", "rmt" or "llama"."""
+        return "lm2" if self.n_mem_layer else "rmt" if self.n_mem_token else "llama"
+
     def __post_init__(self):
         if self.n_mem_layer is None:
-            object.__setattr__(self, "n_mem_layer", self.n_layer)
+            object.__setattr__(self, "n_mem_layer", 0 if self.n_mem_token else self.n_layer)
         for key in "vocab_size n_layer n_head n_kv_head n_embd ffn_dim segment_len n_slot n_mem_head".split():
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}: it must be at least 1")
@@ -61,6 +67,9 @@ class LM2Config:
             raise ValueError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
         if not 0 <= self.n_mem_layer <= self.n_layer:
             raise ValueError(f"n_mem_layer {self.n_mem_layer} must lie between 0 and n_layer {self.n_layer}")
+        if self.n_mem_token < 0 or self.n_mem_token and self.n_mem_layer:
+            raise ValueError(f"n_mem_token {self.n_mem_token} must be at least 0, and 0 where n_mem_layer is "
+                             f"{self.n_mem_layer}: a model has banks or memory tokens")
         if self.n_mem_layer and self.n_embd % self.n_mem_head:
             raise ValueError(f"n_mem_head {self.n_mem_head} does not divide n_embd {self.n_embd}")
         if self.n_mem_layer and self.n_slot > self.n_embd:
@@ -85,7 +94,7 @@ PRESETS: dict[str, dict] = {
 @dataclass
 class BlockState:
     """What one block carries. Of the open (unfinished) segment the first `fill` rows of k, v, q, c count."""
-    k: Tensor                   # (B, S, KV, D/H) keys of the open segment's self-attention, already rotated
+    k: Tensor                   # (B, S, KV, D/H; an RMT S + 2 K) keys of the open segment's self-attention, already rotated
     v: Tensor                   # (B, S, KV, D/H)
     bank: Tensor | None = None  # (B, N, D) its M, or None; differs from paper: t counts segments, not blocks
     bank_k: Tensor | None = None  # (B, N, D) keys and values of M, made when a segment opens token by token
@@ -98,21 +107,22 @@ class BlockState:
 class LM2State:
     """All a document leaves behind after any number of tokens: a value of fixed size, passed in and out."""
     blocks: list[BlockState]
+    mem: Tensor | None = None   # (B, K, D) the memory tokens of an RMT that the open segment began with
     fill: int = 0               # tokens in the open segment, 0 <= fill < S
     owned: bool = False         # True: nobody keeps an older state, so the buffers may be overwritten
 
     @property
     def segment_len(self) -> int:
-        return self.blocks[0].k.shape[1]
+        return self.blocks[0].k.shape[1] - 2 * (0 if self.mem is None else self.mem.shape[1])
 
     def tensors(self) -> list[Tensor]:
-        return [t for b in self.blocks for t in vars(b).values() if t is not None]
+        return [t for t in (*(t for b in self.blocks for t in vars(b).values()), self.mem) if t is not None]
 
     def detach(self) -> "LM2State":
         """The same state cut off from the graph: for truncated back-propagation, the caller's decision."""
         cut = [BlockState(**{n: None if t is None else t.detach() for n, t in vars(b).items()})
                for b in self.blocks]
-        return replace(self, blocks=cut)
+        return replace(self, blocks=cut, mem=None if self.mem is None else self.mem.detach())
 
     def nbytes(self) -> int:
         """Bytes of all tensors carried, the same after any number of tokens."""
@@ -341,6 +351,7 @@ class LM2(nn.Module):
         self.cfg, self.freq = cfg, rope_frequencies(cfg)  # numbers: a buffer would be rounded in .bfloat16()
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.layers = nn.ModuleList(Block(cfg, i < cfg.n_mem_layer) for i in range(cfg.n_layer))
+        self.mem_tokens = nn.Parameter(torch.empty(cfg.n_mem_token, cfg.n_embd)) if cfg.n_mem_token else None
         self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.output = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
@@ -375,6 +386,8 @@ class LM2(nn.Module):
                 p.fill_(1.0 if "w_forget" in name else 0.0)            # forget gates start open at sigmoid(1)
         # an input of unit size keeps its identity through the first blocks; a tied table must start as a head
         self.tok_embeddings.weight.normal_(std=0.02 if self.cfg.tie_embeddings else 1.0)
+        if self.mem_tokens is not None:
+            self.mem_tokens.normal_()  # of the size of what takes its place, behind the last norm
         if not self.cfg.tie_embeddings:
             self.output.weight.normal_(std=0.02)
 
@@ -383,15 +396,17 @@ class LM2(nn.Module):
         c, S = self.cfg, self.cfg.segment_len if segment_len is None else segment_len
         if not 1 <= S <= c.segment_len:
             raise ValueError(f"segment_len {S} must lie between 1 and the model's {c.segment_len}")
-        new, kv = self.norm.weight.new_zeros, (batch, S, c.n_kv_head, c.n_embd // c.n_head)
+        new, K = self.norm.weight.new_zeros, c.n_mem_token
+        kv = batch, S + 2 * K, c.n_kv_head, c.n_embd // c.n_head
         blocks = [BlockState(k=new(kv), v=new(kv)) if b.memory is None else
                   BlockState(new(kv), new(kv), b.memory.initial_bank(batch), *(
                       new(batch, n, c.n_embd) for n in (c.n_slot, c.n_slot, S, S))) for b in self.layers]
-        return LM2State(blocks)
+        return LM2State(blocks, None if self.mem_tokens is None else self.mem_tokens.expand(batch, -1, -1))
 
     def check_state(self, state: LM2State, rows: int, segment_len: int | None) -> None:
         c = self.cfg
-        kv, bank = (rows, state.segment_len, c.n_kv_head, c.n_embd // c.n_head), (rows, c.n_slot, c.n_embd)
+        kv = rows, state.segment_len + 2 * c.n_mem_token, c.n_kv_head, c.n_embd // c.n_head
+        bank = rows, c.n_slot, c.n_embd
         want = [(kv, bank if layer.memory else None) for layer in self.layers]
         have = [(tuple(b.k.shape), None if b.bank is None else tuple(b.bank.shape)) for b in state.blocks]
         if want != have or state.segment_len > c.segment_len:
@@ -425,19 +440,25 @@ class LM2(nn.Module):
         state = state or self.initial_state(idx.shape[0], segment_len)  # paper silent: reset a document
         self.check_state(state, idx.shape[0], segment_len)
         S, T, fill, start, out = state.segment_len, idx.shape[1], state.fill, 0, []
-        blocks, x = list(state.blocks), self.tok_embeddings(idx)                # (B, T, D)
-        turns = turn_table(self.freq, S, self.dtype, x.device)                  # (S, D/H/2, 2)
+        blocks, mem, x = list(state.blocks), state.mem, self.tok_embeddings(idx)                # (B, T, D)
+        K = 0 if mem is None else mem.shape[1]
+        turns = turn_table(self.freq, S + 2 * K, self.dtype, x.device)          # (S + 2 K, D/H/2, 2)
         run = partial(checkpoint, use_reentrant=False) if recompute else lambda block, *args: block(*args)
         while start < T:  # pieces: the rest of the open segment, all whole segments at once, what is left
-            n = min(T - start, S - fill) if fill else (T - start) // S * S or T - start
-            piece = x[:, start:start + n]
-            turn = turns[fill:fill + min(n, S)]                  # positions restart in every segment
+            n = min(T - start, S - fill) if fill or K else (T - start) // S * S or T - start
+            piece, before, behind = x[:, start:start + n], 0, 0
+            if K:  # an RMT's segment: memory, tokens, and the memory again, which ends up as the next one
+                before, behind = K * (fill == 0), K * (write and fill + n == S)
+                piece = torch.cat((mem[:, :before], piece, mem[:, :behind]), dim=1)
+            at = fill + K if fill else 0
+            turn = turns[at:at + min(piece.shape[1], S + 2 * K)]     # positions restart in every segment
             for i, block in enumerate(self.layers):
                 note = None if trace is None else dict(layer=i, start=start)
-                piece, blocks[i] = run(block, piece, blocks[i], fill, state.owned, turn, write, note)
+                piece, blocks[i] = run(block, piece, blocks[i], at, state.owned, turn, write, note)
                 if trace is not None:
                     trace.append(note)
-            out.append(piece)
+            out.append(piece[:, before:before + n])
+            mem = self.norm(piece[:, -behind:]) if behind else mem
             start, fill = start + n, (fill + n) % S
         x = out[0] if len(out) == 1 else torch.cat(out, dim=1)                  # (B, T, D)
         if keep == "last":
@@ -449,7 +470,7 @@ class LM2(nn.Module):
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, -2).to(self.dtype), targets.flatten(), ignore_index=-1,
                                    reduction="sum") / (targets != -1).sum().clamp(min=1)
-        return logits, loss, LM2State(blocks, fill, state.owned)
+        return logits, loss, LM2State(blocks, mem, fill, state.owned)
 
     @torch.no_grad()
     def read(self, idx: Tensor, state: LM2State | None = None, write: bool = True, tokens_a_call: int = 4096
@@ -489,7 +510,7 @@ class LM2(nn.Module):
     def n_params(self) -> tuple[int, int]:
         """(all parameters, those of the memory)"""
         count = {n: p.numel() for n, p in self.named_parameters()}
-        return sum(count.values()), sum(k for n, k in count.items() if ".memory." in n)
+        return sum(count.values()), sum(k for n, k in count.items() if ".memory." in n or "mem_tokens" in n)
 
     def optimizer_groups(self, weight_decay: float) -> list[dict]:
         """Matrices decay; norms, biases and the null scores do not."""

@@ -328,7 +328,8 @@ class Trainer:
     def evaluate(self, lengths: list[int], n: int, seed: int, modes: tuple, show: bool = False) -> list[dict]:
         samples, work = generated(self.val_set, seed), [(t, x, n) for t in self.tasks for x in lengths]
         torch.set_num_threads(self.threads[0])  # the helpers wait meanwhile
-        rows = sum(evaluate(self.model, self.tokenizer, samples, work, modes, show=show), [])
+        rows = sum(evaluate(self.model, self.tokenizer, samples, work, modes,
+                            name=self.model.cfg.kind, show=show), [])
         torch.set_num_threads(self.threads[1])
         return rows
 

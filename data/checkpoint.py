@@ -68,14 +68,13 @@ def name_and_path(text: str) -> tuple[str, Path]:
 
 
 def read_models(names: list[str], device: torch.device) -> dict[str, tuple[LM2, Tokenizer, dict, str]]:
-    """Model, tokenizer, content and fingerprint of each checkpoint by its name: that given, else lm2 or llama
-    for one, and its folder for one of several."""
+    """Model, tokenizer, content and fingerprint of each checkpoint by its name: that given, else lm2, rmt or
+    llama for one, and its folder for one of several."""
     models = {}
     for text in names:
         name, path = name_and_path(text)
         model, tokenizer, content = load_checkpoint(path, device)
-        kind = "lm2" if model.cfg.n_mem_layer else "llama"
-        name = name or (kind if len(names) == 1 else path.resolve().parent.name)
+        name = name or (model.cfg.kind if len(names) == 1 else path.resolve().parent.name)
         if name in models:
             raise ValueError(f"--ckpt: two models are called {name!r}, give NAME=PATH")
         digest = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()

@@ -50,7 +50,8 @@ def frequency(c, i):
 
 def tables(c):
     """cos[position][pair], sin[position][pair] in double precision"""
-    angles = [[p * frequency(c, i) for i in range(c.n_embd // c.n_head // 2)] for p in range(c.segment_len)]
+    angles = [[p * frequency(c, i) for i in range(c.n_embd // c.n_head // 2)]
+              for p in range(c.segment_len + 2 * c.n_mem_token)]
     return ([[math.cos(a) for a in row] for row in angles], [[math.sin(a) for a in row] for row in angles])
 
 
@@ -130,17 +131,20 @@ def memory(w, c, at, xs, bank):
 
 
 def document_logits(w, c, ids, rope=None):
-    """Logits of every token, a list of (V) vectors, and the banks left behind, N vectors a block with memory.
+    """Logits of every token, a list of (V) vectors, and the banks left behind, N vectors a block with memory;
+    of an RMT its K memory vectors.
 
     rope: (cos, sin) for the positions of one segment; None computes them here in double precision.
     """
     cos, sin = rope or tables(c)
     one_hot = torch.eye(c.n_embd, dtype=torch.float64)
     banks = [[one_hot[n] for n in range(c.n_slot)] for _ in range(c.n_mem_layer)]
+    K, tokens = c.n_mem_token, list(w["mem_tokens"]) if c.n_mem_token else []      # an RMT's memory
     logits = []
     for start in range(0, len(ids), c.segment_len):
         segment = ids[start:start + c.segment_len]
-        xs = [w["tok_embeddings.weight"][t] for t in segment]
+        xs = tokens + [w["tok_embeddings.weight"][t] for t in segment]
+        xs += tokens if len(segment) == c.segment_len else []
         for layer in range(c.n_layer):
             at = f"layers.{layer}."
             xs = [x + h for x, h in zip(xs, self_attention(w, c, at, xs, cos, sin))]
@@ -154,5 +158,7 @@ def document_logits(w, c, ids, rope=None):
                 a, b = times(w[at + "feed_forward.w1.weight"], e), times(w[at + "feed_forward.w3.weight"], e)
                 xs[i] = x + times(w[at + "feed_forward.w2.weight"], a * sigmoid(a) * b)
         head = w.get("output.weight", w["tok_embeddings.weight"])       # absent when tied
-        logits += [times(head, rms_norm(x, w["norm.weight"], c.norm_eps)) for x in xs]
-    return logits, banks
+        xs = [rms_norm(x, w["norm.weight"], c.norm_eps) for x in xs]
+        logits += [times(head, x) for x in xs[K:K + len(segment)]]
+        tokens = xs[-K:] if K and len(segment) == c.segment_len else tokens
+    return logits, tokens if K else banks

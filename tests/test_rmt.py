@@ -1,0 +1,116 @@
+"""The Recurrent Memory Transformer (arXiv 2207.06881), a field of the same model: n_mem_token.
+
+    python -m pytest tests/test_rmt.py -q
+"""
+import pytest
+import torch
+
+import reference
+from test_model import S, build as build_lm2, feed, near, text
+
+K = 2
+
+
+def build(**changes):
+    return build_lm2(n_mem_token=K, **changes)
+
+
+def near_states(a, b):
+    assert a.fill == b.fill and a.segment_len == b.segment_len == S
+    near(a.mem, b.mem)
+    for x, y in zip(a.blocks, b.blocks):
+        near(x.k[:, :a.fill + K], y.k[:, :a.fill + K]) if a.fill else None
+
+
+@pytest.mark.parametrize("length", [3, 3 * 3, 10])
+def test_values_and_gradients_are_those_of_plain_loops(length):
+    model = build(vocab_size=11, n_head=2, n_kv_head=1, n_embd=8, ffn_dim=5, segment_len=3)
+    ids = [4, 0, 7, 2, 9, 1, 10, 3, 6, 5][:length]
+    w = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    logits, _, state = model(torch.tensor([ids]))
+    slow, tokens = reference.document_logits(w, model.cfg, ids)
+    slow = torch.stack(slow)
+    near(logits[0], slow)
+    near(state.mem[0], torch.stack(tokens))
+    weight = torch.randn(slow.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    fast_grad = torch.autograd.grad((logits[0] * weight).sum(), list(model.parameters()))
+    slow_grad = torch.autograd.grad((slow * weight).sum(), list(w.values()))
+    for name, a, b in zip(w, fast_grad, slow_grad):
+        assert b.abs().max() > 1e-6, name
+        near(a, b)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 3, S, S + 2, 3 * S, 3 * S + 2])
+def test_whole_by_segments_by_tokens_and_in_any_pieces_it_is_the_same(length):
+    model, idx = build(), text(2, length)
+    whole, _, end = model(idx)
+    for sizes in (S, 1, 2, 4, 2 * S):
+        logits, state = feed(model, idx, sizes)
+        near(logits, whole)
+        near_states(state, end)
+    last, state = model.read(idx, tokens_a_call=2 * S)
+    near(last, whole[:, -1])
+    near_states(state, end)
+
+
+@torch.no_grad()
+def test_a_changed_token_leaves_every_earlier_logit_as_it_was_bit_for_bit():
+    model, idx = build(), text(2, 3 * S + 2)
+    before = model(idx)[0]
+    for j in range(idx.shape[1]):
+        other = idx.clone()
+        other[:, j] = (other[:, j] + 1) % 19
+        after = model(other)[0]
+        assert torch.equal(before[:, :j], after[:, :j]) and not torch.equal(before[:, j], after[:, j])
+
+
+@torch.no_grad()
+def test_segments_meet_in_the_memory_tokens_alone_and_not_at_all_without_writing():
+    model, idx = build(), text(1, 3 * S + 2)
+    other = idx.clone()
+    other[:, 2] = (other[:, 2] + 1) % 19
+
+    def difference(**options):
+        change = model(idx, **options)[0] - model(other, **options)[0]
+        return [part.abs().max().item() for part in change.split(S, dim=1)]
+    assert min(difference()) > 1e-5
+    assert difference(write=False)[0] > 1e-5 and difference(write=False)[1:] == [0.0, 0.0, 0.0]
+
+
+@torch.no_grad()
+def test_every_generated_token_is_the_likeliest_when_the_whole_is_scored_in_one_pass():
+    model, idx = build(), text(3, S + 2)
+    out = model.generate(idx, 3 * S)
+    assert torch.equal(out[:, S + 2:], model(out)[0].argmax(dim=-1)[:, S + 1:-1])
+
+
+def test_the_state_is_a_value_and_gradients_flow_through_it_until_it_is_detached():
+    model, idx = build(), text(2, 2 * S)
+    _, _, state = model(idx[:, :S])
+    kept = [t.detach().clone() for t in state.tensors()]
+    loss = model(idx[:, S:], state=state)[0].square().sum()
+    assert all(torch.equal(a, b) for a, b in zip(kept, state.tensors()))
+    assert torch.autograd.grad(loss, model.mem_tokens)[0].abs().max() > 0
+    loss = model(idx[:, S:], state=state.detach())[0].square().sum()
+    assert torch.autograd.grad(loss, model.mem_tokens, allow_unused=True)[0] is None
+    assert state.nbytes() == model(idx)[2].nbytes() == model.initial_state(2).nbytes()
+
+
+def test_recomputing_gives_the_same_gradients():
+    model, idx = build(), text(2, 3 * S)
+    grads = [torch.autograd.grad(model(idx, recompute=r)[0].square().sum(), list(model.parameters()))
+             for r in (False, True)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("changes", [dict(n_mem_token=-1), dict(n_mem_token=2, n_mem_layer=1)])
+def test_banks_and_memory_tokens_exclude_each_other(changes):
+    with pytest.raises(ValueError, match=f"n_mem_token {changes['n_mem_token']}"):
+        build_lm2(**changes)
+
+
+def test_it_has_no_banks_and_counts_its_memory_tokens_as_memory():
+    model = build()
+    assert all(block.memory is None for block in model.layers)
+    assert model.n_params()[1] == K * model.cfg.n_embd
