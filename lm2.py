@@ -84,6 +84,9 @@ class LM2Config:
 
 PRESETS: dict[str, dict] = {
     "cpu": dict(n_layer=3, rope_theta=1000.0),  # train.py's default: learns on two CPU cores in minutes
+    "cpu-rmt": dict(n_layer=3, rope_theta=1000.0, n_mem_token=16, ffn_dim=325),     # as many parameters, as RMT,
+    "cpu-llama": dict(n_layer=3, rope_theta=1000.0, n_mem_layer=0, ffn_dim=327),    # Llama with the same window,
+    "cpu-full": dict(n_layer=3, rope_theta=1000.0, n_mem_layer=0, ffn_dim=327, segment_len=16384),  # and without
     "lm2-1.7b": dict(  # paper: Llama-3.2-1B's shape, 2,048 slots in every block, 1.24 B + 0.47 B parameters
         vocab_size=128256, n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, ffn_dim=8192, segment_len=2048,
         n_slot=2048, n_mem_head=32, rope_theta=500000.0, tie_embeddings=True, rope_scaling=dict(

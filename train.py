@@ -39,6 +39,13 @@ from data.tokenizer import load
 from lm2 import PRESETS, LM2, LM2Config
 
 
+# what a preset changes in TrainConfig's defaults: a curriculum that its kind of model can learn
+RECIPES: dict[str, dict] = {
+    "cpu-llama": dict(stages="2:0 4:0 10:0 10:1"),
+    "cpu-full": dict(stages="2:0 4:0 10:0 10:1:128 10:2:128 10:4:128 10:8:128 10:16:128", whole=True),
+}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     preset: str = "cpu"                 # model of lm2.PRESETS; flags of single sizes win over it
@@ -47,6 +54,7 @@ class TrainConfig:
     stages: str = "2:0 4:0 10:0 4:2:32 4:3:32 10:4:32 10:8:32 10:16:64 10:16 10:32"  # see Stage
     tokens: int = 10_000_000            # tokens to train on at most; the learning rate ends at 0 there ...
     final_tokens: int = 1_500_000       # ... or after so many in the last stage, whichever comes first
+    whole: bool = False                 # a document is one segment, whatever its stage says: full attention
     batch_size: int = 16                # most documents in a micro-batch
     batch_tokens: int = 4096            # most tokens in a micro-batch: long documents come in smaller ones
     accumulate: int = 2                 # micro-batches a step
@@ -128,7 +136,7 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     resume = given.pop("resume")
     own = {f.name for f in fields(TrainConfig)}
-    c = TrainConfig(**{k: v for k, v in given.items() if k in own})
+    c = TrainConfig(**RECIPES.get(given.get("preset"), {}) | {k: v for k, v in given.items() if k in own})
     sizes = PRESETS[c.preset] | {k: v for k, v in given.items() if k not in own}
     return c, sizes, resume, given
 
@@ -145,10 +153,11 @@ def add_gradients(model: LM2, batches: Iterator[Batch], stage: Stage, n: int, c:
     for _ in range(n):
         batch = next(batches)
         tokens, asked = tokens + batch.idx.numel(), int(batch.words.sum())      # on the host
+        segment_len = batch.idx.shape[1] if c.whole else stage.segment_len
         batch = batch.to(device)
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             logits, loss, _ = model(batch.idx, batch.targets, keep=batch.keep,
-                                    segment_len=stage.segment_len, recompute=c.recompute)
+                                    segment_len=segment_len, recompute=c.recompute)
         (loss / c.accumulate).backward()
         right = ((logits.argmax(-1) == batch.targets.flatten()[batch.keep]) & batch.words).sum()
         sums += torch.stack([loss.detach() / c.accumulate, right, torch.full_like(right, asked)])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import reference
+from lm2 import LM2, PRESETS, LM2Config
 from test_model import S, build as build_lm2, feed, near, text
 
 K = 2
@@ -114,3 +115,9 @@ def test_it_has_no_banks_and_counts_its_memory_tokens_as_memory():
     model = build()
     assert all(block.memory is None for block in model.layers)
     assert model.n_params()[1] == K * model.cfg.n_embd
+
+
+def test_the_presets_to_compare_have_as_many_parameters_as_the_default():
+    sizes = {name: LM2(LM2Config(**PRESETS[name])).n_params()[0]
+             for name in ("cpu", "cpu-rmt", "cpu-llama", "cpu-full")}
+    assert all(abs(n / sizes["cpu"] - 1) < 0.001 for n in sizes.values()), sizes
