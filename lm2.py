@@ -97,7 +97,7 @@ PRESETS: dict[str, dict] = {
 @dataclass
 class BlockState:
     """What one block carries. Of the open (unfinished) segment the first `fill` rows of k, v, q, c count."""
-    k: Tensor                   # (B, S, KV, D/H; an RMT S + 2 K) keys of the open segment's self-attention, already rotated
+    k: Tensor                   # (B, S, KV, D/H) keys of the open segment, already rotated; RMT: S + 2 K rows
     v: Tensor                   # (B, S, KV, D/H)
     bank: Tensor | None = None  # (B, N, D) its M, or None; differs from paper: t counts segments, not blocks
     bank_k: Tensor | None = None  # (B, N, D) keys and values of M, made when a segment opens token by token

@@ -84,8 +84,9 @@ def near_states(a, b, tolerance=1e-10):
 # Causality
 
 @torch.no_grad()
-def test_a_changed_token_leaves_every_earlier_logit_as_it_was_bit_for_bit():
-    model, idx = build(), text(2, 3 * S + 2)
+@pytest.mark.parametrize("n_mem_token", [0, 2])         # an RMT's memory leaks no more than LM2's
+def test_a_changed_token_leaves_every_earlier_logit_as_it_was_bit_for_bit(n_mem_token):
+    model, idx = build(n_mem_token=n_mem_token), text(2, 3 * S + 2)
     before = model(idx)[0]
     for j in range(idx.shape[1]):
         other = idx.clone()
@@ -96,8 +97,9 @@ def test_a_changed_token_leaves_every_earlier_logit_as_it_was_bit_for_bit():
 
 
 @torch.no_grad()
-def test_a_token_of_the_first_segment_reaches_later_segments_through_the_memory_and_no_other_way():
-    model, idx = build(), text(1, 3 * S + 2)
+@pytest.mark.parametrize("n_mem_token", [0, 2])
+def test_a_token_of_the_first_segment_reaches_later_segments_through_the_memory_and_no_other_way(n_mem_token):
+    model, idx = build(n_mem_token=n_mem_token), text(1, 3 * S + 2)
     other = idx.clone()
     other[:, 2] = (other[:, 2] + 1) % 19
 
