@@ -82,11 +82,12 @@ class LM2Config:
             raise ValueError(f"rope_scaling lacks {', '.join(sorted(missing))}")
 
 
+CPU = dict(n_layer=3, rope_theta=1000.0)  # learns on two CPU cores in minutes
 PRESETS: dict[str, dict] = {
-    "cpu": dict(n_layer=3, rope_theta=1000.0),  # train.py's default: learns on two CPU cores in minutes
-    "cpu-rmt": dict(n_layer=3, rope_theta=1000.0, n_mem_token=16, ffn_dim=325),     # as many parameters, as RMT,
-    "cpu-llama": dict(n_layer=3, rope_theta=1000.0, n_mem_layer=0, ffn_dim=327),    # Llama with the same window,
-    "cpu-full": dict(n_layer=3, rope_theta=1000.0, n_mem_layer=0, ffn_dim=327, segment_len=16384),  # and without
+    "cpu": CPU,                                                     # train.py's default
+    "cpu-rmt": dict(CPU, n_mem_token=16, ffn_dim=325),              # as many parameters: an RMT,
+    "cpu-llama": dict(CPU, n_mem_layer=0, ffn_dim=327),             # a Llama of the same window,
+    "cpu-full": dict(CPU, n_mem_layer=0, ffn_dim=327, segment_len=16384),       # and one that sees it all
     "lm2-1.7b": dict(  # paper: Llama-3.2-1B's shape, 2,048 slots in every block, 1.24 B + 0.47 B parameters
         vocab_size=128256, n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, ffn_dim=8192, segment_len=2048,
         n_slot=2048, n_mem_head=32, rope_theta=500000.0, tie_embeddings=True, rope_scaling=dict(
@@ -371,7 +372,7 @@ class LM2(nn.Module):
         block, without breaks, shared by all blocks; the loop over segments stays outside, so that a longer
         document needs no other graph. Open segments, and calls with a trace, run as they are. What nothing
         has used may get a gradient of zeros instead of none."""
-        config = torch._dynamo.config  # graphs of a function, beyond which it refuses: ours are few, but not 8
+        config = torch._dynamo.config  # graphs a function, beyond which it refuses: ours are few, but not 8
         limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # PyTorch 2.6
         setattr(config, limit, max(getattr(config, limit), 64))
         for block in self.layers:
@@ -443,7 +444,7 @@ class LM2(nn.Module):
         state = state or self.initial_state(idx.shape[0], segment_len)  # paper silent: reset a document
         self.check_state(state, idx.shape[0], segment_len)
         S, T, fill, start, out = state.segment_len, idx.shape[1], state.fill, 0, []
-        blocks, mem, x = list(state.blocks), state.mem, self.tok_embeddings(idx)                # (B, T, D)
+        blocks, mem, x = list(state.blocks), state.mem, self.tok_embeddings(idx)            # (B, T, D)
         K = 0 if mem is None else mem.shape[1]
         turns = turn_table(self.freq, S + 2 * K, self.dtype, x.device)          # (S + 2 K, D/H/2, 2)
         run = partial(checkpoint, use_reentrant=False) if recompute else lambda block, *args: block(*args)

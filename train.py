@@ -58,7 +58,7 @@ class TrainConfig:
     batch_size: int = 16                # most documents in a micro-batch
     batch_tokens: int = 4096            # most tokens in a micro-batch: long documents come in smaller ones
     accumulate: int = 2                 # micro-batches a step
-    processes: int | None = None        # of one thread each that share them; None: the CPU's threads, if those
+    processes: int | None = None        # of one thread each that share them; None: the threads, if those
     #                                     divide the micro-batches, else 1 with all threads
     asides: int = 3                     # half of the documents are asked at 1 to so many earlier points too
     plain: float = 0.1                  # share of batches without background later on, so 0k is not forgotten
@@ -141,8 +141,8 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
     return c, sizes, resume, given
 
 
-ANEW = set("out_dir minutes device threads processes workers compile recompute eval_every eval_n table_lengths "
-           "table_n".split())
+ANEW = set("out_dir minutes device threads processes workers compile recompute eval_every eval_n "
+           "table_lengths table_n".split())
 
 
 def add_gradients(model: LM2, batches: Iterator[Batch], stage: Stage, n: int, c: TrainConfig,
@@ -302,8 +302,8 @@ class Trainer:
                                  "--resume if you can")
             if longest[i]:
                 self.recent.append(accuracy)
-        return dict(loss=sum(loss for _, loss, _ in values) / len(values), accuracy=accuracy, stage=self.stage,
-                    grad_norm=norm, lr=self.optimizer.param_groups[0]["lr"])
+        return dict(loss=sum(loss for _, loss, _ in values) / len(values), accuracy=accuracy,
+                    stage=self.stage, grad_norm=norm, lr=self.optimizer.param_groups[0]["lr"])
 
     def aim(self) -> None:
         """In the last stage the end is in sight."""
