@@ -11,6 +11,7 @@ Train and validation share no story (by a hash of its sentences) and no passage 
 import bisect
 import hashlib
 import random
+from functools import lru_cache
 from typing import Sequence
 
 import numpy as np
@@ -32,6 +33,14 @@ def story_part(texts: Sequence[str]) -> str:
     """"train" or "val", by a hash of the facts."""
     digest = hashlib.blake2b("\n".join(texts).encode(), digest_size=4).digest()
     return "val" if int.from_bytes(digest, "little") % VAL_SHARE == 0 else "train"
+
+
+@lru_cache
+def usual_facts(task: str) -> int:
+    """How many facts nine in ten questions of the task's stories have before them, at most."""
+    rng = random.Random(0)
+    counts = sorted(n for _ in range(500) for n, _ in babi.TASKS[task].story(rng).questions)
+    return counts[len(counts) * 9 // 10]
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
@@ -174,11 +183,15 @@ class Builder:
                          "or 0 for no background")
 
     def lesson(self, tasks: Sequence[str], n_facts: int, room: tuple[int, int], rng: random.Random,
-               max_questions: int = 8, asides: int = 0) -> Document:
-        """A training document: n_facts facts and every question on them (max_questions at most), some also
-        at `asides` points before; its length drawn from room = (least, most) tokens; without background if
-        most is 0 or the facts leave no room."""
-        texts, questions, early = self.story(tasks[int(rng.random() * len(tasks))], n_facts, rng, asides)
+               max_questions: int = 8, asides: int = 0, share: float | None = None) -> Document:
+        """A training document: n_facts facts, or as many as the task's own stories have if those are fewer
+        (with `share` of 0 .. 1 so far between 2 and that), and every question on them (max_questions at
+        most), some also at `asides` points before; its length drawn from room = (least, most) tokens;
+        without background if most is 0 or the facts leave no room."""
+        task = tasks[int(rng.random() * len(tasks))]
+        n_facts = min(n_facts, max(2, usual_facts(task)))
+        n_facts = n_facts if share is None else 2 + int(share * (n_facts - 1))
+        texts, questions, early = self.story(task, n_facts, rng, asides)
         questions = questions[:max_questions]
         facts = sum(len(self.encode(t)[0]) for t in texts)
         tail = sum(len(self.encode(q.text)[0]) + len(self.encode(q.answer)[0]) + 1

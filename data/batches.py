@@ -27,18 +27,22 @@ class Stage:
     facts: int                          # most facts in a document
     segments: int                       # most segments; 0: the facts alone, without background
     segment_len: int                    # tokens in a segment: short first, an update of the memory costs less
+    tasks: tuple[str, ...] = ()         # of which tasks; (): of all that the run has
 
     def __str__(self) -> str:
-        return f"{self.facts} facts" + f" in {self.segments} x {self.segment_len}" * (self.segments > 0)
+        return (f"{self.facts} facts" + f" in {self.segments} x {self.segment_len}" * (self.segments > 0)
+                + f" of {', '.join(self.tasks)}" * bool(self.tasks))
 
     @staticmethod
     def parse(text: str, longest: int) -> "Stage":
-        """"10:8:64" or, with segments of the model's length `longest`, "10:8"."""
+        """"10:8:64" or, with segments of the model's length `longest`, "10:8"; "10:8@qa1,qa2" of two tasks."""
+        numbers, at, tasks = text.partition("@")
         try:
-            facts, segments, *rest = (int(x) for x in text.split(":"))
-            stage = Stage(facts, segments, rest[0] if rest else longest)
+            facts, segments, *rest = (int(x) for x in numbers.split(":"))
+            stage = Stage(facts, segments, rest[0] if rest else longest, tuple(tasks.split(",")) if at else ())
         except (ValueError, TypeError):
-            raise ValueError(f"--stages: {text!r} is not facts:segments or facts:segments:tokens") from None
+            raise ValueError(f"--stages: {text!r} is not facts:segments or facts:segments:tokens, with @ and "
+                             "the tasks behind it if not all") from None
         if stage.facts < 2 or stage.segments < 0 or not 1 <= stage.segment_len <= longest or len(rest) > 1:
             raise ValueError(f"--stages: {text!r} needs 2 facts or more, segments of 1 to {longest} tokens")
         return stage
@@ -79,9 +83,10 @@ class Maker:
         room = (0, 0) if bare else ((segments - 1) * S + 1, segments * S)
         rng, documents, often = random.Random(f"{self.seed} {number}"), [], self.asides and stage.segments
         for _ in range(size):  # half of them with all the facts
-            facts = stage.facts if rng.random() < 0.5 else 2 + int(rng.random() * (stage.facts - 1))
+            share = None if rng.random() < 0.5 else rng.random()
             asides = 1 + int(rng.random() * self.asides) if often and rng.random() < 0.5 else 0
-            documents.append(self.builder.lesson(self.tasks, facts, room, rng, asides=asides))
+            documents.append(self.builder.lesson(stage.tasks or self.tasks, stage.facts, room, rng,
+                                                 asides=asides, share=share))
         T = max(len(d.ids) for d in documents)
         T = T if bare else -(-T // S) * S           # whole segments: one pass, and few different shapes
         documents = documents[:max(1, self.tokens // T)]    # facts may need more segments than the stage has

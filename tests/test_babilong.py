@@ -394,6 +394,15 @@ def test_puzzles_are_asked_at_their_end_alone(train_set):
         assert all(a >= doc.facts[-1][1] for a, _ in doc.answers)
 
 
+def test_a_lesson_has_no_more_facts_than_the_stories_of_its_task(train_set):
+    rng = random.Random(0)
+    for task, least, most in (("qa1", 10, 10), ("qa2", 20, 40), ("qa3", 70, 150)):
+        counts = {len(train_set.lesson([task], 500, (0, 0), rng, share=s).texts) for s in (None, 0.999)}
+        assert len(counts) == 1 and least <= counts.pop() <= most
+    half = [len(train_set.lesson(["qa1"], 500, (0, 0), rng, share=i / 90).texts) for i in range(90)]
+    assert [half.count(n) for n in range(2, 11)] == [10] * 9
+
+
 def test_a_lesson_asks_no_more_than_it_may(train_set):
     doc = train_set.lesson(["qa1"], 8, (1, 512), random.Random(0), max_questions=2)
     assert len(doc.questions) == len(doc.answers) == 2

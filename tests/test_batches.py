@@ -94,6 +94,14 @@ def test_a_batch_has_two_facts_to_the_most_and_one_segment_to_the_most_and_says_
     assert 30 <= segments.count(3) <= 50        # half of them, and a third of the other half
 
 
+def test_a_stage_may_have_tasks_of_its_own_as_often_as_they_are_named(tok, train_set):
+    stage = Stage.parse("4:0@qa1,qa4,qa4,qa4", 64)
+    assert str(stage) == "4 facts of qa1, qa4, qa4, qa4"
+    texts = [tok.decode(row) for batch in made(train_set, stage, range(40)) for row in batch.idx.tolist()]
+    share = sum(" of the " in text for text in texts) / len(texts)     # "... is north of the ..."
+    assert 0.6 < share < 0.9 and all("Where is" in text or " of the " in text for text in texts)
+
+
 def test_with_background_a_batch_is_whole_segments_and_without_as_long_as_its_longest_document(
         tok, train_set):
     widths = {len(batch.idx[0]) for batch in made(train_set, LONG, range(20))}

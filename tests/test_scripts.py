@@ -769,7 +769,7 @@ def test_a_temperature_gives_the_same_words_for_the_same_seed_and_others_for_ano
     (["--n_mem_head", "5"], "n_mem_head 5"), (["--n_layer", "0"], "n_layer is 0"),
     (["--n_slot", "99"], "n_slot 99"),
     (["--stages", "2"], "'2'"), (["--stages", "2:x"], "2:x"), (["--stages", "2:0 1:0"], "1:0"),
-    (["--stages", "2:1:999"], "2:1:999"),
+    (["--stages", "2:1:999"], "2:1:999"), (["--stages", "2:0@qa9"], "qa9"),
     (["--stages", "2:1:9:9"], "2:1:9:9"), (["--stages", ""], "--stages"), (["--table_lengths", "4x"], "4x"),
     (["--device", "gpu7"], "gpu7"), (["--threads", "-1"], "-1"), (["--resume", "--n_embd", "32"], "--n_embd"),
     (["--resume", "--tokens", "99"], "--tokens"), (["--resume", "--log_every", "5"], "--log_every"),

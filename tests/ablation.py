@@ -1,0 +1,235 @@
+"""Variants of the memory, each trained by the default recipe: what a change of one thing does to accuracy.
+
+    # a minute: it runs, it learns nothing
+    python tests/ablation.py --rows default --seeds 0 --flags '--tokens 90000' --n 9
+    python tests/ablation.py                            # all rows, three seeds: hours on two CPU cores
+    python tests/ablation.py --rows "paper Eq. (6)" "no null" --seeds 0 1 2     # some of them
+    python tests/ablation.py --show                     # the table of what --out has
+
+Appends a line of JSON for every run to --out (default out/ablation.jsonl) and skips runs that it has, then
+prints the table. A row is sizes of the model, flags of train.py, or a few lines of code in place of lm2.py's:
+read them as examples of how to change the model. pytest does not collect this file.
+"""
+import json
+import shlex
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python tests/ablation.py`
+
+import lm2  # noqa: E402
+import train  # noqa: E402
+from data.cli import Parser, one_line  # noqa: E402
+from data.device import keep_freed_memory  # noqa: E402
+from data.document import length_name, parse_length  # noqa: E402
+from data.metrics import exact_match  # noqa: E402
+
+
+def arrive(mem: lm2.Memory, K: Tensor, Q: Tensor, c: Tensor, null: float | None = None
+           ) -> tuple[Tensor, Tensor]:
+    """What a segment brings to the slots, C (B, N, D), and the share w (B, N, D) of a slot that it writes; as
+    lm2.Memory.write has it, but for a null of another score."""
+    scores = mem.heads(K) @ mem.heads(Q).mT / mem.width ** 0.5                          # (B, HM, N, S)
+    none = mem.null[:, None, None] if null is None else torch.full_like(mem.null, null)[:, None, None]
+    R = torch.cat((scores, none.expand(*scores.shape[:-1], 1)), dim=-1).softmax(dim=-1)     # (B, HM, N, S+1)
+    C = (R[..., :-1] @ mem.heads(c)).transpose(1, 2)                                    # (B, N, HM, D/HM)
+    w = (1 - R[..., -1:]).transpose(1, 2).expand_as(C)
+    return C.flatten(-2), w.flatten(-2)
+
+
+class NoNull(lm2.Memory):
+    """Every segment writes every slot in full."""
+
+    def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor, trace: dict | None) -> Tensor:
+        C, w = arrive(self, K, Q, c, null=-torch.inf)
+        return C + torch.sigmoid(self.w_forget(C)) * M
+
+
+class PlainForget(lm2.Memory):
+    """M <- C + g_forget * M: Eq. (6)'s forgetting, in every segment, whatever it wrote."""
+
+    def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor, trace: dict | None) -> Tensor:
+        C, w = arrive(self, K, Q, c)
+        return C + torch.sigmoid(self.w_forget(C)) * M
+
+
+class SlotForget(lm2.Memory):
+    """One forget gate a slot, not one a slot and channel."""
+
+    def __init__(self, cfg: lm2.LM2Config):
+        super().__init__(cfg)
+        self.w_forget = nn.Linear(cfg.n_embd, 1)
+
+    def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor, trace: dict | None) -> Tensor:
+        C, w = arrive(self, K, Q, c)
+        return C + (1 - w * (1 - torch.sigmoid(self.w_forget(C)))) * M
+
+
+class PaperCandidate(lm2.Memory):
+    """The candidate is what the tokens read, tanh(E_mem), as in the paper: nothing of what they are."""
+
+    def tokens(self, x: Tensor, trace: dict | None) -> tuple[Tensor, Tensor]:
+        E = self.token_norm(x)
+        return self.wq(E), torch.sigmoid(self.w_in(E))
+
+    def candidates(self, M: Tensor, K: Tensor, Q: Tensor, g_in: Tensor) -> Tensor:
+        A = (self.heads(Q) @ self.heads(K).mT / self.width ** 0.5).softmax(dim=-1)      # (B, HM, S, N)
+        return g_in * torch.tanh((A @ self.heads(self.wv(self.slots(M)))).transpose(1, 2).flatten(-2))
+
+    def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor, trace: dict | None) -> Tensor:
+        return super().write(M, K, Q, self.candidates(M, K, Q, c), trace)
+
+
+class PaperEq6(PaperCandidate):
+    """Eq. (6) as printed, C = g_in * tanh(E_mem) and M <- C + g_forget * M, carried to the slots by R."""
+
+    def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor, trace: dict | None) -> Tensor:
+        return NoNull.write(self, M, K, Q, self.candidates(M, K, Q, c), trace)
+
+
+class OwnQuery(lm2.Memory):
+    """The write asks with a projection of its own, not with the read's query."""
+
+    def __init__(self, cfg: lm2.LM2Config):
+        super().__init__(cfg)
+        self.wq_write = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+
+    def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor, trace: dict | None) -> Tensor:
+        return super().write(M, K, self.wq_write(Q), c, trace)
+
+
+class MemoryLast(lm2.Block):
+    """Attention, MLP, memory: tokens read and write behind the MLP."""
+
+    def before(self, x: Tensor, turn: Tensor, cache: tuple | None, trace: dict | None) -> tuple:
+        h, k, v = self.attention(self.attention_norm(x), turn, cache)
+        x = x + h
+        x = x + self.feed_forward(self.ffn_norm(x))
+        return x, k, v, *self.memory.tokens(x, trace)
+
+    def after(self, x: Tensor, Q: Tensor, K: Tensor, V: Tensor, trace: dict | None) -> Tensor:
+        return x + self.memory.read(Q, K, V, trace)
+
+
+class MemoryFirst(lm2.Block):
+    """Queries and candidates are made from the block's input, before self-attention."""
+
+    def before(self, x: Tensor, turn: Tensor, cache: tuple | None, trace: dict | None) -> tuple:
+        h, k, v = self.attention(self.attention_norm(x), turn, cache)
+        return x + h, k, v, *self.memory.tokens(x, trace)
+
+
+def start(name: str, value: float) -> Callable[[lm2.LM2], None]:
+    """Where all entries of a gate's bias (or the null, relative to what it is) start."""
+    def change(model: lm2.LM2) -> None:
+        with torch.no_grad():
+            for block in model.layers:
+                if name == "null":
+                    block.memory.null.add_(value)
+                else:
+                    getattr(block.memory, name).bias.fill_(value)
+    return change
+
+
+@dataclass(frozen=True)
+class Row:
+    """One change to the default."""
+    flags: str = ""                     # of train.py
+    memory: type = lm2.Memory           # in the place of lm2.Memory
+    block: type = lm2.Block
+    start: Callable[[lm2.LM2], None] | None = None      # what changes the initial weights
+
+
+STAGES = train.TrainConfig.stages
+ROWS: dict[str, Row] = {
+    "default": Row(),
+    "paper Eq. (6)": Row(memory=PaperEq6),
+    "candidate tanh(E_mem)": Row(memory=PaperCandidate),
+    "g_forget * M always": Row(memory=PlainForget),
+    "the same, b_forget 3": Row(memory=PlainForget, start=start("w_forget", 3.0)),
+    "no null": Row(memory=NoNull),
+    "null starts 2 higher": Row(start=start("null", 2.0)),
+    "b_forget starts at 3": Row(start=start("w_forget", 3.0)),
+    "b_out starts at -2": Row(start=start("w_out", -2.0)),
+    "one forget gate a slot": Row(memory=SlotForget),
+    "write with its own query": Row(memory=OwnQuery),
+    "memory behind the MLP": Row(block=MemoryLast),
+    "query before attention": Row(block=MemoryFirst),
+    "4 slots": Row("--n_slot 4"),
+    "64 slots": Row("--n_slot 64"),
+    "1 memory head": Row("--n_mem_head 1"),
+    "memory in 1 block of 3": Row("--n_mem_layer 1"),
+    "memory in 2 blocks of 3": Row("--n_mem_layer 2"),
+    "up to 16 segments": Row(f"--stages '{STAGES.removesuffix(' 10:32')}'"),
+    "up to 64 segments": Row(f"--stages '{STAGES} 10:64'"),
+}
+
+
+def run(name: str, seed: int, lengths: list[int], n: int, flags: list[str]) -> dict:
+    """Train a row and evaluate it: {"row", "seed", "minutes", "tokens", "n", "accuracy": {length: %}}."""
+    row = ROWS[name]
+    lm2.Memory, lm2.Block = row.memory, row.block
+    with tempfile.TemporaryDirectory() as folder:
+        own = ["--out_dir", folder, "--seed", str(seed), *flags, *shlex.split(row.flags)]
+        t = train.Trainer(*train.read_flags(own), prepare=row.start)
+        try:
+            t.run()
+        finally:
+            t.close()
+        rows = t.evaluate(lengths, n, 0, ("on",))
+    hits = {length_name(x): [exact_match(r["target"], r["output"]) for r in rows if r["length"] == x]
+            for x in lengths}
+    return dict(row=name, seed=seed, minutes=round(t.seconds / 60, 1), tokens=t.tokens, n=n,
+                params=t.model.n_params()[0], accuracy={x: 100 * sum(h) / n for x, h in hits.items()})
+
+
+def show(runs: list[dict]) -> str:
+    """One line a row: of its seeds the median and all, at every length."""
+    lengths = list(runs[0]["accuracy"])
+    lines = [f"{'':24} {'params':>9} {'min':>5}  " + "  ".join(f"{x:>18}" for x in lengths)]
+    for name in dict.fromkeys(r["row"] for r in runs):
+        mine = sorted((r for r in runs if r["row"] == name), key=lambda r: r["seed"])
+        cells = [[r["accuracy"][x] for r in mine] for x in lengths]
+        minutes = statistics.median(r["minutes"] for r in mine)
+        lines.append(f"{name:24} {mine[0]['params']:9,} {minutes:5.1f}  " + "  ".join(
+            f"{statistics.median(c):5.1f} {'/'.join(f'{v:.0f}' for v in c):>12}" for c in cells))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("tests/ablation.py", __doc__.split("\n")[0])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows (default all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (default 0 1 2)")
+    parser.add_argument("--lengths", nargs="+", default=["0k", "1k", "4k", "8k", "16k"],
+                        help="lengths to evaluate at (default 0k 1k 4k 8k 16k)")
+    parser.add_argument("--n", type=int, default=200, help="samples a length (default 200)")
+    parser.add_argument("--flags", default="", help="of train.py, for every run (default none)")
+    parser.add_argument("--out", default="out/ablation.jsonl", help="figures (default out/ablation.jsonl)")
+    parser.add_argument("--show", action="store_true", help="train nothing (default off)")
+    args = parser.parse_args(argv)
+    keep_freed_memory()
+    with one_line("tests/ablation.py"):
+        out, lengths = Path(args.out), [parse_length(x) for x in args.lengths]
+        runs = [json.loads(x) for x in out.read_text(encoding="utf-8").splitlines()] if out.is_file() else []
+        for seed in args.seeds if not args.show else ():
+            for name in args.rows:
+                if (name, seed) not in [(r["row"], r["seed"]) for r in runs]:
+                    runs.append(run(name, seed, lengths, args.n, shlex.split(args.flags)))
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    with open(out, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(runs[-1]) + "\n")
+        if not runs:
+            raise ValueError(f"{out} has no figures yet: leave out --show")
+        print(show(runs))
+
+
+if __name__ == "__main__":
+    main()
