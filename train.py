@@ -34,21 +34,16 @@ from data.document import length_name, parse_length
 from data.helpers import Helpers
 from data.metrics import cells, exact_match, table
 from data.predictions import save
+from data.recipes import knobs
 from data.samples import check_cells, generated
 from data.tokenizer import load
 from lm2 import PRESETS, LM2, LM2Config
 
 
-# what a preset changes in TrainConfig's defaults: a curriculum that its kind of model can learn
-RECIPES: dict[str, dict] = {
-    "cpu-llama": dict(stages="2:0 4:0 10:0 10:1"),
-    "cpu-full": dict(stages="2:0 4:0 10:0 10:1:128 10:2:128 10:4:128 10:8:128 10:16:128", whole=True),
-}
-
-
 @dataclass(frozen=True)
 class TrainConfig:
     preset: str = "cpu"                 # model of lm2.PRESETS; flags of single sizes win over it
+    recipe: str = "qa1"                 # of data/recipes.py: qa1 or qa1-5; other flags win over it
     out_dir: str = "out"                # folder for ckpt.pt, metrics.jsonl and table.jsonl
     tasks: str = "qa1"                  # bAbI tasks to train on and to evaluate, with spaces between
     stages: str = "2:0 4:0 10:0 4:2:32 4:3:32 10:4:32 10:8:32 10:16:64 10:16 10:32"  # see Stage
@@ -136,7 +131,8 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     resume = given.pop("resume")
     own = {f.name for f in fields(TrainConfig)}
-    c = TrainConfig(**RECIPES.get(given.get("preset"), {}) | {k: v for k, v in given.items() if k in own})
+    c = TrainConfig(**knobs(given.get("recipe", TrainConfig.recipe), given.get("preset"))
+                    | {k: v for k, v in given.items() if k in own})
     sizes = PRESETS[c.preset] | {k: v for k, v in given.items() if k not in own}
     return c, sizes, resume, given
 

@@ -5,6 +5,7 @@
 Everything runs in this process through main(argv), but for two true command lines.
 """
 import contextlib
+import dataclasses
 import importlib
 import io
 import itertools
@@ -28,6 +29,7 @@ from data.batches import Batches, Stage
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.device import peak_memory
 from data.metrics import cells, table
+from data.recipes import RECIPES
 from data.tokenizer import load
 from lm2 import LM2, LM2Config
 from test_babilong import MOVED, asked_in, book
@@ -556,6 +558,19 @@ def test_the_last_stage_is_never_left(folder, tmp_path):
     assert trainer.next_stage() is None and trainer.stage == 2
 
 
+@pytest.mark.parametrize("preset", ["cpu", "cpu-rmt", "cpu-llama", "cpu-full"])
+def test_every_recipe_has_stages_that_every_preset_can_run_and_flags_win_over_it(preset):
+    plain = {f.name for f in dataclasses.fields(train.TrainConfig)}
+    for recipe, changes in RECIPES.items():
+        assert all(set(knobs) <= plain for knobs in changes.values())
+        c, sizes, _, _ = train.read_flags(["--recipe", recipe, "--preset", preset, "--lr", "0.5"])
+        stages = [Stage.parse(s, LM2Config(**sizes).segment_len) for s in c.stages.split()]
+        assert {task for s in stages for task in s.tasks} <= set(c.tasks.split()) and c.lr == 0.5
+        assert c.tokens == {"qa1": 10_000_000, "qa1-5": 125_000_000}[recipe]
+        if LM2Config(**sizes).kind == "llama" and not c.whole:
+            assert max(s.segments for s in stages) == 1     # it has nothing to carry
+
+
 def test_only_batches_of_a_stages_most_segments_count_towards_leaving_it(folder, tmp_path, monkeypatch):
     trainer = make(folder, tmp_path, "--stages", "3:3", "--tokens", "100000")
     made, real = [], Batches.__next__
@@ -763,6 +778,7 @@ def test_a_temperature_gives_the_same_words_for_the_same_seed_and_others_for_ano
     (["--tokens"], "--tokens"), (["stray"], "stray"), (["--tokens", "0"], "tokens 0"),
     (["--batch_size", "-1"], "batch_size -1"),
     (["--tasks", "qa99"], "qa99"), (["--tasks", ""], "tasks"), (["--preset", "huge"], "huge"),
+    (["--recipe", "qa0"], "qa0"),
     (["--schedule", "linear"], "linear"),
     (["--decay", "0"], "decay 0"), (["--plain", "1.5"], "1.5"),
     (["--n_head", "3", "--n_kv_head", "3"], "n_head 3"),

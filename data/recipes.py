@@ -1,0 +1,30 @@
+"""What is trained, and how: the knobs of train.py that a recipe turns, for each kind of model.
+
+    python train.py --recipe qa1-5 --out_dir out/five       # plain data; flags win over it
+
+Writes nothing. A recipe is for LM2 and RMT. A Llama has nothing to carry facts from segment to segment, so
+its documents are one segment (window) or whole (full attention). Tokens and learning rates are the same.
+"""
+FIVE = "@qa1,qa2,qa2,qa3,qa3,qa4,qa5,qa5"  # those that are learned slowly come twice as often
+FIVE_PLAIN = f"2:0@qa1 4:0@qa1 2:0@qa1,qa4,qa4,qa4 4:0{FIVE} 8:0{FIVE} 16:0{FIVE}"
+
+RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, preset: what that one changes}
+    "qa1": {            # minutes on two CPU cores: train.py's defaults
+        "": {},
+        "cpu-llama": dict(stages="2:0 4:0 10:0 10:1"),
+        "cpu-full": dict(stages="2:0 4:0 10:0 10:1:128 10:2:128 10:4:128 10:8:128 10:16:128", whole=True)},
+    "qa1-5": {          # an hour
+        "": dict(tasks="qa1 qa2 qa3 qa4 qa5", tokens=125_000_000, final_tokens=25_000_000, stage_steps=2000,
+                 leave_plain_at=0.93, plain=0.15, batch_tokens=8192, eval_every=10_000_000,
+                 stages=f"{FIVE_PLAIN} 4:2:32@qa1 4:3:32@qa1 8:4:32{FIVE} 16:8:32{FIVE} 30:8:64{FIVE} "
+                        f"100:16{FIVE} 100:32{FIVE}"),
+        "cpu-llama": dict(stages=f"{FIVE_PLAIN} 30:1{FIVE} 100:1{FIVE}"),
+        "cpu-full": dict(whole=True, stages=f"{FIVE_PLAIN} 30:2:128{FIVE} 60:4:128{FIVE} 100:8:128{FIVE}")},
+}
+
+
+def knobs(recipe: str, preset: str | None) -> dict:
+    """What a recipe, and in it a preset, changes in TrainConfig's defaults; ValueError for an unknown one."""
+    if recipe not in RECIPES:
+        raise ValueError(f"--recipe {recipe!r} is unknown: choose from {', '.join(RECIPES)}")
+    return RECIPES[recipe][""] | RECIPES[recipe].get(preset, {})
