@@ -15,9 +15,10 @@ import shlex
 import statistics
 import sys
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 import torch.nn as nn
@@ -173,11 +174,21 @@ ROWS: dict[str, Row] = {
 }
 
 
+@contextmanager
+def changed(row: Row) -> Iterator[None]:
+    """While it lasts, models are built from the row's classes."""
+    was = lm2.Memory, lm2.Block
+    lm2.Memory, lm2.Block = row.memory, row.block
+    try:
+        yield
+    finally:
+        lm2.Memory, lm2.Block = was
+
+
 def run(name: str, seed: int, lengths: list[int], n: int, flags: list[str]) -> dict:
     """Train a row and evaluate it: {"row", "seed", "minutes", "tokens", "n", "accuracy": {length: %}}."""
     row = ROWS[name]
-    lm2.Memory, lm2.Block = row.memory, row.block
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, changed(row):
         own = ["--out_dir", folder, "--seed", str(seed), *flags, *shlex.split(row.flags)]
         t = train.Trainer(*train.read_flags(own), prepare=row.start)
         try:
@@ -192,15 +203,15 @@ def run(name: str, seed: int, lengths: list[int], n: int, flags: list[str]) -> d
 
 
 def show(runs: list[dict]) -> str:
-    """One line a row: of its seeds the median and all, at every length."""
+    """A line a row: minutes of training and accuracy, medians of its seeds; all seeds at the last length."""
     lengths = list(runs[0]["accuracy"])
-    lines = [f"{'':24} {'params':>9} {'min':>5}  " + "  ".join(f"{x:>18}" for x in lengths)]
+    lines = [f"{'':24} {'min':>5}" + "".join(f"{x:>7}" for x in lengths) + f"  seeds at {lengths[-1]}"]
     for name in dict.fromkeys(r["row"] for r in runs):
         mine = sorted((r for r in runs if r["row"] == name), key=lambda r: r["seed"])
-        cells = [[r["accuracy"][x] for r in mine] for x in lengths]
-        minutes = statistics.median(r["minutes"] for r in mine)
-        lines.append(f"{name:24} {mine[0]['params']:9,} {minutes:5.1f}  " + "  ".join(
-            f"{statistics.median(c):5.1f} {'/'.join(f'{v:.0f}' for v in c):>12}" for c in cells))
+        middle = [statistics.median(r["accuracy"][x] for r in mine) for x in lengths]
+        lines.append(f"{name:24} {statistics.median(r['minutes'] for r in mine):5.1f}"
+                     + "".join(f"{x:7.1f}" for x in middle)
+                     + "  " + " ".join(f"{r['accuracy'][lengths[-1]]:.1f}" for r in mine))
     return "\n".join(lines)
 
 
