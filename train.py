@@ -43,7 +43,7 @@ from lm2 import PRESETS, LM2, LM2Config
 @dataclass(frozen=True)
 class TrainConfig:
     preset: str = "cpu"                 # model of lm2.PRESETS; flags of single sizes win over it
-    recipe: str = "qa1"                 # of data/recipes.py: qa1 or qa1-5; other flags win over it
+    recipe: str = "qa1"                 # of data/recipes.py: qa1, qa1-5 or qa1-10; flags win over it
     out_dir: str = "out"                # folder for ckpt.pt, metrics.jsonl and table.jsonl
     tasks: str = "qa1"                  # bAbI tasks to train on and to evaluate, with spaces between
     stages: str = "2:0 4:0 10:0 4:2:32 4:3:32 10:4:32 10:8:32 10:16:64 10:16 10:32"  # see Stage
@@ -131,7 +131,7 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     resume = given.pop("resume")
     own = {f.name for f in fields(TrainConfig)}
-    c = TrainConfig(**knobs(given.get("recipe", TrainConfig.recipe), given.get("preset"))
+    c = TrainConfig(**knobs(given.get("recipe"), given.get("preset"))
                     | {k: v for k, v in given.items() if k in own})
     sizes = PRESETS[c.preset] | {k: v for k, v in given.items() if k not in own}
     return c, sizes, resume, given

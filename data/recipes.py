@@ -20,11 +20,19 @@ RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, preset: 
                         f"100:16{FIVE} 100:32{FIVE}"),
         "cpu-llama": dict(stages=f"{FIVE_PLAIN} 30:1{FIVE} 100:1{FIVE}"),
         "cpu-full": dict(whole=True, stages=f"{FIVE_PLAIN} 30:2:128{FIVE} 60:4:128{FIVE} 100:8:128{FIVE}")},
+    "qa1-10": {         # for one GPU: the default of --preset gpu
+        "": dict(tasks=" ".join(f"qa{i}" for i in range(1, 11)), tokens=600_000_000, final_tokens=150_000_000,
+                 batch_size=64, batch_tokens=65536, accumulate=1, stage_steps=3000, leave_plain_at=0.93,
+                 plain=0.15, lr=1e-3, eval_every=50_000_000, compile=True, table_lengths="0k 1k 4k 16k 32k",
+                 stages="2:0@qa1 4:0@qa1 2:0@qa1,qa4,qa4,qa4 4:0 8:0 16:0 4:2:32@qa1 4:3:32@qa1 8:4:32 "
+                        "16:8:64 30:8:128 100:8 100:32")},
 }
 
 
-def knobs(recipe: str, preset: str | None) -> dict:
-    """What a recipe, and in it a preset, changes in TrainConfig's defaults; ValueError for an unknown one."""
+def knobs(recipe: str | None, preset: str | None) -> dict:
+    """What a recipe (None: the preset's own), and in it a preset, changes in TrainConfig's defaults;
+    ValueError for an unknown one."""
+    recipe = recipe or ("qa1-10" if preset == "gpu" else "qa1")
     if recipe not in RECIPES:
         raise ValueError(f"--recipe {recipe!r} is unknown: choose from {', '.join(RECIPES)}")
-    return RECIPES[recipe][""] | RECIPES[recipe].get(preset, {})
+    return dict(recipe=recipe) | RECIPES[recipe][""] | RECIPES[recipe].get(preset, {})

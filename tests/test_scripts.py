@@ -558,7 +558,7 @@ def test_the_last_stage_is_never_left(folder, tmp_path):
     assert trainer.next_stage() is None and trainer.stage == 2
 
 
-@pytest.mark.parametrize("preset", ["cpu", "cpu-rmt", "cpu-llama", "cpu-full"])
+@pytest.mark.parametrize("preset", ["cpu", "cpu-rmt", "cpu-llama", "cpu-full", "gpu"])
 def test_every_recipe_has_stages_that_every_preset_can_run_and_flags_win_over_it(preset):
     plain = {f.name for f in dataclasses.fields(train.TrainConfig)}
     for recipe, changes in RECIPES.items():
@@ -566,9 +566,10 @@ def test_every_recipe_has_stages_that_every_preset_can_run_and_flags_win_over_it
         c, sizes, _, _ = train.read_flags(["--recipe", recipe, "--preset", preset, "--lr", "0.5"])
         stages = [Stage.parse(s, LM2Config(**sizes).segment_len) for s in c.stages.split()]
         assert {task for s in stages for task in s.tasks} <= set(c.tasks.split()) and c.lr == 0.5
-        assert c.tokens == {"qa1": 10_000_000, "qa1-5": 125_000_000}[recipe]
-        if LM2Config(**sizes).kind == "llama" and not c.whole:
+        assert c.tokens == {"qa1": 10_000_000, "qa1-5": 125_000_000, "qa1-10": 600_000_000}[recipe]
+        if LM2Config(**sizes).kind == "llama" and not c.whole and recipe != "qa1-10":
             assert max(s.segments for s in stages) == 1     # it has nothing to carry
+    assert train.read_flags(["--preset", preset])[0].recipe == ("qa1-10" if preset == "gpu" else "qa1")
 
 
 def test_only_batches_of_a_stages_most_segments_count_towards_leaving_it(folder, tmp_path, monkeypatch):
