@@ -88,7 +88,7 @@ PRESETS: dict[str, dict] = {
     "cpu-rmt": dict(CPU, n_mem_token=16, ffn_dim=325),              # as many parameters: an RMT,
     "cpu-llama": dict(CPU, n_mem_layer=0, ffn_dim=327),             # a Llama of the same window,
     "cpu-full": dict(CPU, n_mem_layer=0, ffn_dim=327, segment_len=16384),       # and one that sees it all
-    "gpu": dict(n_layer=6, n_embd=256, ffn_dim=704, segment_len=256, n_slot=64, rope_theta=1000.0),    # 8.7 M
+    "gpu": dict(n_layer=6, n_embd=256, ffn_dim=704, segment_len=256, n_slot=64, rope_theta=1000.0),    # 8.6 M
     "lm2-1.7b": dict(  # paper: Llama-3.2-1B's shape, 2,048 slots in every block, 1.24 B + 0.47 B parameters
         vocab_size=128256, n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, ffn_dim=8192, segment_len=2048,
         n_slot=2048, n_mem_head=32, rope_theta=500000.0, tie_embeddings=True, rope_scaling=dict(

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Iterator
 
 import torch
 from torch import Tensor
@@ -175,9 +175,7 @@ def help_step(rank: int, model: LM2, order: tuple[Stage, int], maker: Maker, pro
 class Trainer:
     """A run: what `save` writes is all that it needs to go on bit for bit."""
 
-    def __init__(self, c: TrainConfig, sizes: dict, resume: bool, given: dict,
-                 prepare: Callable[[LM2], None] | None = None):
-        """`prepare` may change the weights that a new run starts with."""
+    def __init__(self, c: TrainConfig, sizes: dict, resume: bool, given: dict):
         out = Path(c.out_dir)
         self.ckpt = out / "ckpt.pt"
         if resume:
@@ -197,8 +195,6 @@ class Trainer:
             self.tokenizer = load()
             torch.manual_seed(c.seed)
             self.model = LM2(LM2Config(**sizes | dict(vocab_size=self.tokenizer.n_vocab)))
-            if prepare:
-                prepare(self.model)
         self.c, self.device = c, pick_device(c.device)
         self.stages = [Stage.parse(s, self.model.cfg.segment_len) for s in c.stages.split()]
         if not self.stages:

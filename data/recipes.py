@@ -5,8 +5,16 @@
 Writes nothing. A recipe is for LM2 and RMT. A Llama has nothing to carry facts from segment to segment, so
 its documents are one segment (window) or whole (full attention). Tokens and learning rates are the same.
 """
-FIVE = "@qa1,qa2,qa2,qa3,qa3,qa4,qa5,qa5"  # those that are learned slowly come twice as often
-FIVE_PLAIN = f"2:0@qa1 4:0@qa1 2:0@qa1,qa4,qa4,qa4 4:0{FIVE} 8:0{FIVE} 16:0{FIVE}"
+
+
+def each(stages: str, tasks: str) -> str:
+    """The stages, each with the same tasks."""
+    return " ".join(f"{stage}@{tasks}" for stage in stages.split())
+
+
+FIRST, CARRY = "2:0@qa1 4:0@qa1 2:0@qa1,qa4,qa4,qa4", "4:2:32@qa1 4:3:32@qa1"
+FIVE = "qa1,qa2,qa2,qa3,qa3,qa4,qa5,qa5"    # those that are learned slowly come twice as often
+PLAIN = "4:0 8:0 16:0"
 
 RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, preset: what that one changes}
     "qa1": {            # minutes on two CPU cores: train.py's defaults
@@ -16,16 +24,15 @@ RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, preset: 
     "qa1-5": {          # an hour
         "": dict(tasks="qa1 qa2 qa3 qa4 qa5", tokens=125_000_000, final_tokens=25_000_000, stage_steps=2000,
                  leave_plain_at=0.93, plain=0.15, batch_tokens=8192, eval_every=10_000_000,
-                 stages=f"{FIVE_PLAIN} 4:2:32@qa1 4:3:32@qa1 8:4:32{FIVE} 16:8:32{FIVE} 30:8:64{FIVE} "
-                        f"100:16{FIVE} 100:32{FIVE}"),
-        "cpu-llama": dict(stages=f"{FIVE_PLAIN} 30:1{FIVE} 100:1{FIVE}"),
-        "cpu-full": dict(whole=True, stages=f"{FIVE_PLAIN} 30:2:128{FIVE} 60:4:128{FIVE} 100:8:128{FIVE}")},
+                 stages=f"{FIRST} {each(PLAIN, FIVE)} {CARRY} "
+                        + each("8:4:32 16:8:32 30:8:64 100:16 100:32", FIVE)),
+        "cpu-llama": dict(stages=f"{FIRST} {each(f'{PLAIN} 30:1 100:1', FIVE)}"),
+        "cpu-full": dict(whole=True, stages=f"{FIRST} {each(f'{PLAIN} 30:2:128 60:4:128 100:8:128', FIVE)}")},
     "qa1-10": {         # for one GPU: the default of --preset gpu
         "": dict(tasks=" ".join(f"qa{i}" for i in range(1, 11)), tokens=600_000_000, final_tokens=150_000_000,
                  batch_size=64, batch_tokens=65536, accumulate=1, stage_steps=3000, leave_plain_at=0.93,
                  plain=0.15, lr=1e-3, eval_every=50_000_000, compile=True, table_lengths="0k 1k 4k 16k 32k",
-                 stages="2:0@qa1 4:0@qa1 2:0@qa1,qa4,qa4,qa4 4:0 8:0 16:0 4:2:32@qa1 4:3:32@qa1 8:4:32 "
-                        "16:8:64 30:8:128 100:8 100:32")},
+                 stages=f"{FIRST} {PLAIN} {CARRY} 8:4:32 16:8:64 30:8:128 100:8 100:32")},
 }
 
 

@@ -11,6 +11,7 @@ prints the table. A row is sizes of the model, flags of train.py, or a few lines
 read them as examples of how to change the model. pytest does not collect this file.
 """
 import json
+import math
 import shlex
 import statistics
 import sys
@@ -34,32 +35,22 @@ from data.document import length_name, parse_length  # noqa: E402
 from data.metrics import exact_match  # noqa: E402
 
 
-def arrive(mem: lm2.Memory, K: Tensor, Q: Tensor, c: Tensor, null: float | None = None
-           ) -> tuple[Tensor, Tensor]:
-    """What a segment brings to the slots, C (B, N, D), and the share w (B, N, D) of a slot that it writes; as
-    lm2.Memory.write has it, but for a null of another score."""
-    scores = mem.heads(K) @ mem.heads(Q).mT / mem.width ** 0.5                          # (B, HM, N, S)
-    none = mem.null[:, None, None] if null is None else torch.full_like(mem.null, null)[:, None, None]
-    R = torch.cat((scores, none.expand(*scores.shape[:-1], 1)), dim=-1).softmax(dim=-1)     # (B, HM, N, S+1)
-    C = (R[..., :-1] @ mem.heads(c)).transpose(1, 2)                                    # (B, N, HM, D/HM)
-    w = (1 - R[..., -1:]).transpose(1, 2).expand_as(C)
-    return C.flatten(-2), w.flatten(-2)
-
-
-class NoNull(lm2.Memory):
-    """Every segment writes every slot in full."""
-
-    def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor, trace: dict | None) -> Tensor:
-        C, w = arrive(self, K, Q, c, null=-torch.inf)
-        return C + torch.sigmoid(self.w_forget(C)) * M
-
-
 class PlainForget(lm2.Memory):
     """M <- C + g_forget * M: Eq. (6)'s forgetting, in every segment, whatever it wrote."""
 
     def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor, trace: dict | None) -> Tensor:
-        C, w = arrive(self, K, Q, c)
+        scores = self.heads(K) @ self.heads(Q).mT / self.width ** 0.5                   # (B, HM, N, S)
+        null = self.null[:, None, None].expand(*scores.shape[:-1], 1)
+        R = torch.cat((scores, null), dim=-1).softmax(dim=-1)                           # (B, HM, N, S+1)
+        C = (R[..., :-1] @ self.heads(c)).transpose(1, 2).flatten(-2)                   # (B, N, D)
         return C + torch.sigmoid(self.w_forget(C)) * M
+
+
+class OneGate(nn.Linear):
+    """(B, N, D) -> (B, N, D), the same in all channels."""
+
+    def forward(self, C: Tensor) -> Tensor:
+        return super().forward(C).expand_as(C)
 
 
 class SlotForget(lm2.Memory):
@@ -67,11 +58,7 @@ class SlotForget(lm2.Memory):
 
     def __init__(self, cfg: lm2.LM2Config):
         super().__init__(cfg)
-        self.w_forget = nn.Linear(cfg.n_embd, 1)
-
-    def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor, trace: dict | None) -> Tensor:
-        C, w = arrive(self, K, Q, c)
-        return C + (1 - w * (1 - torch.sigmoid(self.w_forget(C)))) * M
+        self.w_forget = OneGate(cfg.n_embd, 1)
 
 
 class PaperCandidate(lm2.Memory):
@@ -87,13 +74,6 @@ class PaperCandidate(lm2.Memory):
 
     def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor, trace: dict | None) -> Tensor:
         return super().write(M, K, Q, self.candidates(M, K, Q, c), trace)
-
-
-class PaperEq6(PaperCandidate):
-    """Eq. (6) as printed, C = g_in * tanh(E_mem) and M <- C + g_forget * M, carried to the slots by R."""
-
-    def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor, trace: dict | None) -> Tensor:
-        return NoNull.write(self, M, K, Q, self.candidates(M, K, Q, c), trace)
 
 
 class OwnQuery(lm2.Memory):
@@ -149,14 +129,14 @@ class Row:
     start: Callable[[lm2.LM2], None] | None = None      # what changes the initial weights
 
 
-STAGES = train.TrainConfig.stages
+STAGES, NEVER = train.TrainConfig.stages, start("null", -math.inf)  # no slot declines: w is 1
 ROWS: dict[str, Row] = {
     "default": Row(),
-    "paper Eq. (6)": Row(memory=PaperEq6),
+    "paper Eq. (6)": Row(memory=PaperCandidate, start=NEVER),   # where w is 1, M <- C + g_forget * M
     "candidate tanh(E_mem)": Row(memory=PaperCandidate),
     "g_forget * M always": Row(memory=PlainForget),
     "the same, b_forget 3": Row(memory=PlainForget, start=start("w_forget", 3.0)),
-    "no null": Row(memory=NoNull),
+    "no null": Row(start=NEVER),
     "null starts 2 higher": Row(start=start("null", 2.0)),
     "b_forget starts at 3": Row(start=start("w_forget", 3.0)),
     "b_out starts at -2": Row(start=start("w_out", -2.0)),
@@ -190,8 +170,10 @@ def run(name: str, seed: int, lengths: list[int], n: int, flags: list[str]) -> d
     row = ROWS[name]
     with tempfile.TemporaryDirectory() as folder, changed(row):
         own = ["--out_dir", folder, "--seed", str(seed), *flags, *shlex.split(row.flags)]
-        t = train.Trainer(*train.read_flags(own), prepare=row.start)
+        t = train.Trainer(*train.read_flags(own))
         try:
+            if row.start:
+                row.start(t.model)  # helpers see it too: the weights are shared
             t.run()
         finally:
             t.close()

@@ -81,6 +81,16 @@ def near_states(a, b, tolerance=1e-10):
             near(getattr(x, name)[:, :a.fill], getattr(y, name)[:, :a.fill], tolerance)
 
 
+def near_gradients(model, fast, slow, w, tolerance=1e-10):
+    """By all parameters, of the model's own and of the reference's weights w, of a weighted sum of logits."""
+    weight = torch.randn(slow.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    fast_grad = torch.autograd.grad((fast * weight).sum(), list(model.parameters()))
+    slow_grad = torch.autograd.grad((slow * weight).sum(), list(w.values()))
+    for name, a, b in zip(w, fast_grad, slow_grad):
+        assert b.abs().max() > 1e-6, name
+        near(a, b, tolerance)
+
+
 # Causality
 
 @torch.no_grad()
@@ -432,12 +442,7 @@ def test_values_and_gradients_are_those_of_the_equations_in_plain_loops(n_mem_la
     near(logits[0], slow)
     for block, bank in zip(state.blocks, banks):
         near(block.bank[0], torch.stack(bank))
-    weight = torch.randn(slow.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    fast_grad = torch.autograd.grad((logits[0] * weight).sum(), list(model.parameters()))
-    slow_grad = torch.autograd.grad((slow * weight).sum(), list(w.values()))
-    for name, a, b in zip(w, fast_grad, slow_grad):
-        assert b.abs().max() > 1e-6, name
-        near(a, b)
+    near_gradients(model, logits[0], slow, w)
 
 
 @torch.no_grad()
