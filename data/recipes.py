@@ -15,12 +15,13 @@ def each(stages: str, tasks: str) -> str:
 FIRST, CARRY = "2:0@qa1 4:0@qa1 2:0@qa1,qa4,qa4,qa4", "4:2:32@qa1 4:3:32@qa1"
 FIVE = "qa1,qa2,qa2,qa3,qa3,qa4,qa5,qa5"    # those that are learned slowly come twice as often
 PLAIN = "4:0 8:0 16:0"
+ALL = dict(tokens=8_000_000, final_tokens=8_000_000)    # as many as LM2 took: few stages would end it early
 
 RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, preset: what that one changes}
     "qa1": {            # minutes on two CPU cores: train.py's defaults
         "": {},
-        "cpu-llama": dict(stages="2:0 4:0 10:0 10:1"),
-        "cpu-full": dict(stages="2:0 4:0 10:0 10:1:128 10:2:128 10:4:128 10:8:128 10:16:128", whole=True)},
+        "cpu-llama": dict(stages="2:0 4:0 10:0 10:1", **ALL),
+        "cpu-full": dict(stages="2:0 4:0 10:0 10:1:128 10:2:128 10:4:128 10:8:128 10:16:128", whole=True, **ALL)},
     "qa1-5": {          # an hour
         "": dict(tasks="qa1 qa2 qa3 qa4 qa5", tokens=125_000_000, final_tokens=25_000_000, stage_steps=2000,
                  leave_plain_at=0.93, plain=0.15, batch_tokens=8192, eval_every=10_000_000,
