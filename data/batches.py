@@ -79,7 +79,7 @@ class Maker:
         bare = stage.segments == 0 or rng.random() < self.plain
         segments = stage.segments if rng.random() < 0.5 else 1 + int(rng.random() ** 2 * stage.segments)
         segments = 0 if bare else max(1, segments)  # half are the stage's longest, of the others many short
-        size = max(1, min(self.size, self.tokens // (S * max(1, segments))))
+        size = self.size if bare else max(1, min(self.size, self.tokens // (S * segments)))
         room = (0, 0) if bare else ((segments - 1) * S + 1, segments * S)
         rng, documents, often = random.Random(f"{self.seed} {number}"), [], self.asides and stage.segments
         for _ in range(size):  # half of them with all the facts

@@ -127,6 +127,11 @@ def test_a_batch_has_no_more_tokens_than_it_may_unless_that_is_a_single_document
     assert tokens == 1 or max(rows for rows, _ in sizes) > 1
 
 
+def test_a_batch_without_background_has_all_its_documents_however_long_a_segment_is(train_set):
+    batch, = made(train_set, Stage(2, 0, 16384), [0], tokens=4096)
+    assert batch.idx.shape[0] == 4
+
+
 def test_a_share_of_the_batches_is_plain(tok, train_set):
     def plain(stage, share, count):
         batches = made(train_set, stage, range(count), plain=share, size=2)
