@@ -12,6 +12,7 @@ import argparse
 import os
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from data.babi_puzzles import PUZZLES, Puzzle
@@ -19,7 +20,19 @@ from data.babi_world import WORLD, Event, Question, Story, Task
 from data.cli import Parser
 
 TASKS: dict[str, Task | Puzzle] = {f"qa{n}": (WORLD | PUZZLES)[f"qa{n}"] for n in range(1, 21)}
+OBJECT_TASKS = {"qa1", "qa2", "qa3", "qa6", "qa8"}      # all can be asked where objects are taken and put down
+ALSO = {"qa5": {"qa1", "qa6"}, "qa7": {"qa1", "qa6"}}   # task -> tasks whose questions its stories answer too
+ALSO |= {task: OBJECT_TASKS - {task} for task in OBJECT_TASKS - {"qa1"}}
 FOLDERS = ("", "en-10k", "en-valid-10k", "tasks_1-20_v1-2/en-10k", "en")  # where in an archive to look
+
+
+def with_others(task: str, events: list[Event], own: list[Question], tasks: Sequence[str],
+                rng: random.Random) -> list[Question]:
+    """A task's own questions on a story, and behind them those of the others of `tasks` that it answers too,
+    in random order. Of the first eight up to three are theirs."""
+    others = [q for t in sorted(ALSO.get(task, set()) & set(tasks)) for q in TASKS[t].everything(events, rng)]
+    rng.shuffle(others)                         # of none this draws nothing
+    return own[:8 - min(3, len(others))] + others if others else own
 
 
 def format_story(story: Story, task: Task | Puzzle) -> str:

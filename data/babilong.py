@@ -89,11 +89,11 @@ class Builder:
             self.cache[sentence] = ids, self.size(" " + sentence, ids)
         return self.cache[sentence]
 
-    def story(self, task: str, n_facts: int | None, rng: random.Random, asides: int = 0
-              ) -> tuple[list[str], list[babi.Question], Asides]:
+    def story(self, task: str, n_facts: int | None, rng: random.Random, asides: int = 0,
+              tasks: Sequence[str] = ()) -> tuple[list[str], list[babi.Question], Asides]:
         """Facts of a story of this part and questions on them: as bAbI asks (n_facts None), one; else
-        everything that can be asked after n_facts facts, or after more where so few allow no question, and
-        at so many earlier points some of what can be asked there."""
+        everything that can be asked after n_facts facts, or after more where so few allow no question, also
+        by other `tasks`, and at so many earlier points some of what can be asked there."""
         if self.stories is not None:
             return self.story_read(task, n_facts, rng)
         rules = babi.TASKS[task]
@@ -104,11 +104,13 @@ class Builder:
                 events, questions = story.events[:n], [question]
             else:
                 events, questions = rules.lesson(n_facts, rng)
+                questions = babi.with_others(task, events, questions, tasks, rng)
             texts = [e.text for e in events]
             if story_part(texts) == self.part:
                 break
         points = sorted(1 + int(rng.random() * (len(events) - 1)) for _ in range(asides * (len(events) > 2)))
-        found = [(n, rules.everything(events[:n], rng)) for n in points]
+        found = [(n, babi.with_others(task, events[:n], rules.everything(events[:n], rng), tasks, rng))
+                 for n in points]
         return texts, questions, [(n, q) for n, qs in found for q in qs[:1 + int(rng.random() * len(qs))]]
 
     def story_read(self, task: str, n_facts: int | None, rng: random.Random
@@ -185,13 +187,13 @@ class Builder:
     def lesson(self, tasks: Sequence[str], n_facts: int, room: tuple[int, int], rng: random.Random,
                max_questions: int = 8, asides: int = 0, share: float | None = None) -> Document:
         """A training document: n_facts facts, or as many as the task's own stories have if those are fewer
-        (with `share` of 0 .. 1 so far between 2 and that), and every question on them (max_questions at
-        most), some also at `asides` points before; its length drawn from room = (least, most) tokens;
-        without background if most is 0 or the facts leave no room."""
+        (with `share` of 0 .. 1 so far between 2 and that), and every question on them that any of the tasks
+        asks (max_questions at most), some also at `asides` points before; its length drawn from room =
+        (least, most) tokens; without background if most is 0 or the facts leave no room."""
         task = tasks[int(rng.random() * len(tasks))]
         n_facts = min(n_facts, max(2, usual_facts(task)))
         n_facts = n_facts if share is None else 2 + int(share * (n_facts - 1))
-        texts, questions, early = self.story(task, n_facts, rng, asides)
+        texts, questions, early = self.story(task, n_facts, rng, asides, tasks)
         questions = questions[:max_questions]
         facts = sum(len(self.encode(t)[0]) for t in texts)
         tail = sum(len(self.encode(q.text)[0]) + len(self.encode(q.answer)[0]) + 1

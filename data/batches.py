@@ -20,6 +20,9 @@ from data.babilong import Builder
 from data.cli import Parser, one_line
 from data.tokenizer import load
 
+FEW_FACTS = 10      # half of a stage's documents with background are asked earlier too (asides); where they
+MANY_ASIDES = 0.8   # have more facts than this it is so many, with background or not: the facts cost more
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -69,7 +72,7 @@ class Maker:
     size: int                           # most documents in a batch
     tokens: int                         # most tokens in a batch: long documents come in smaller ones
     plain: float                        # share of batches without background where the stage has some
-    asides: int                         # half of the documents are asked at 1 to so many earlier points too
+    asides: int                         # points before the end, 1 to so many, at which some are asked too
     seed: int
     together: int = 1                   # batches of a step: their documents are of one length, or all plain
 
@@ -81,10 +84,11 @@ class Maker:
         segments = 0 if bare else max(1, segments)  # half are the stage's longest, of the others many short
         size = self.size if bare else max(1, min(self.size, self.tokens // (S * segments)))
         room = (0, 0) if bare else ((segments - 1) * S + 1, segments * S)
-        rng, documents, often = random.Random(f"{self.seed} {number}"), [], self.asides and stage.segments
+        rng, documents = random.Random(f"{self.seed} {number}"), []
+        often = self.asides and (MANY_ASIDES if stage.facts > FEW_FACTS else 0.5 if stage.segments else 0)
         for _ in range(size):  # half of them with all the facts
             share = None if rng.random() < 0.5 else rng.random()
-            asides = 1 + int(rng.random() * self.asides) if often and rng.random() < 0.5 else 0
+            asides = 1 + int(rng.random() * self.asides) if often and rng.random() < often else 0
             documents.append(self.builder.lesson(stage.tasks or self.tasks, stage.facts, room, rng,
                                                  asides=asides, share=share))
         T = max(len(d.ids) for d in documents)

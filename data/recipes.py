@@ -14,8 +14,8 @@ def each(stages: str, tasks: str) -> str:
 
 FIRST, CARRY = "2:0@qa1 4:0@qa1 2:0@qa1,qa4,qa4,qa4", "4:2:32@qa1 4:3:32@qa1"
 FIVE = "qa1,qa2,qa2,qa3,qa3,qa4,qa5,qa5"    # those that are learned slowly come twice as often
-PLAIN = "4:0 8:0 16:0"
-ALL = dict(final_tokens=125_000_000)    # a Llama's few stages end early, and its tokens shall be as many
+PLAIN, MORE = "4:0 8:0", "8:4:32 30:0 16:8:32 30:8:64 100:16 100:32"
+ALL = dict(final_tokens=90_000_000)    # a Llama's few stages end early, and its tokens shall be as many
 QA1 = ALL | dict(tokens=8_000_000)      # as LM2's, of whose three seeds this is the median
 
 RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, preset: what that one changes}
@@ -23,19 +23,18 @@ RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, preset: 
         "": {},
         "cpu-llama": dict(stages="2:0 4:0 10:0 10:1", **QA1),
         "cpu-full": dict(stages="2:0 4:0 10:0 10:1:128 10:2:128 10:4:128 10:8:128 10:16:128", whole=True, **QA1)},
-    "qa1-5": {          # an hour
-        "": dict(tasks="qa1 qa2 qa3 qa4 qa5", tokens=125_000_000, final_tokens=25_000_000, stage_steps=2000,
-                 leave_plain_at=0.93, plain=0.15, batch_tokens=8192, eval_every=10_000_000,
-                 stages=f"{FIRST} {each(PLAIN, FIVE)} {CARRY} "
-                        + each("8:4:32 16:8:32 30:8:64 100:16 100:32", FIVE)),
-        "cpu-llama": dict(stages=f"{FIRST} {each(f'{PLAIN} 30:1 100:1', FIVE)}", **ALL),
-        "cpu-full": dict(whole=True, stages=f"{FIRST} {each(f'{PLAIN} 30:2:128 60:4:128 100:8:128', FIVE)}",
+    "qa1-5": {          # 45 minutes
+        "": dict(tasks="qa1 qa2 qa3 qa4 qa5", tokens=90_000_000, final_tokens=20_000_000, stage_steps=1500,
+                 leave_plain_at=0.93, plain=0.25, asides=4, batch_tokens=8192, eval_every=10_000_000,
+                 stages=f"{FIRST} {each(PLAIN, FIVE)} {CARRY} {each(MORE, FIVE)}"),
+        "cpu-llama": dict(stages=f"{FIRST} {each(f'{PLAIN} 30:0 30:1 100:1', FIVE)}", **ALL),
+        "cpu-full": dict(whole=True, stages=f"{FIRST} {each(f'{PLAIN} 30:0 30:4:128 100:8:128', FIVE)}",
                          **ALL)},
     "qa1-10": {         # for one GPU: the default of --preset gpu
         "": dict(tasks=" ".join(f"qa{i}" for i in range(1, 11)), tokens=600_000_000, final_tokens=150_000_000,
                  batch_size=64, batch_tokens=65536, accumulate=1, stage_steps=3000, leave_plain_at=0.93,
                  plain=0.15, lr=1e-3, eval_every=50_000_000, compile=True, table_lengths="0k 1k 4k 16k 32k",
-                 stages=f"{FIRST} {PLAIN} {CARRY} 8:4:32 16:8:64 30:8:128 100:8 100:32")},
+                 asides=4, stages=f"{FIRST} {PLAIN} {CARRY} 8:4:32 30:0 16:8:64 30:8:128 100:8 100:32")},
 }
 
 

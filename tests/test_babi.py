@@ -369,6 +369,26 @@ def test_a_lesson_asks_about_everything_the_whole_text_names(task):
         assert not found
 
 
+@pytest.mark.parametrize("task", sorted(babi.ALSO))
+def test_of_a_story_other_tasks_ask_what_they_would_and_behind_the_tasks_own_questions(task):
+    rng, seen = random.Random(8), set()
+    for n in range(2, 40):
+        events, own = TASKS[task].lesson(n, rng)
+        found = babi.with_others(task, events, own, ["qa1", "qa3", "qa6", "qa9"], rng)
+        number = next(i for i, q in enumerate(found + [None]) if q not in own)
+        assert found[:number] == own[:number] and number == min(len(own), 8 - min(3, len(found) - number))
+        facts, = read("".join(f"{i} {event.text}\n" for i, event in enumerate(events, 1)))
+        reader, allowed = Reader(task), {}
+        for fact in facts:
+            reader.take_in(fact)
+        for reader.task in {"qa1", "qa3", "qa6"} - {task}:
+            for topic in topics(reader.task, facts) if reader.task in babi.ALSO[task] else ():
+                allowed |= dict.fromkeys(reader.allowed(topic), reader.task)
+        seen |= {allowed[q.text, q.answer, tuple(i + 1 for i in q.support)] for q in found[number:]}
+        assert babi.with_others(task, events, own, [task, "qa4", "qa9"], rng) == own
+    assert seen == {"qa1", "qa3", "qa6"} & babi.ALSO[task]
+
+
 @pytest.mark.parametrize("task", ("qa5", "qa6", "qa9", "qa10"))
 def test_a_lesson_asks_at_the_odds_of_the_rule_and_not_each_question_once(task):
     rng, share = random.Random(4), collections.Counter()

@@ -148,9 +148,12 @@ def test_other_numbers_seeds_and_stages_give_other_documents(train_set):
     assert len({tuple(batch.idx[0].tolist()) for batch in (one, two, other, stage)}) == 4
 
 
-def test_half_of_the_documents_with_background_are_asked_earlier_too_what_is_known_there(tok, train_set):
+@pytest.mark.parametrize("stage, least, most", [(LONG, 0.3, 0.6), (Stage(12, 3, 64), 0.65, 0.9),
+                                                (Stage(12, 0, 64), 0.65, 0.9)])
+def test_half_of_the_documents_with_background_and_more_of_those_with_many_facts_are_asked_earlier_too(
+        tok, train_set, stage, least, most):
     early = []
-    for batch in made(train_set, LONG, range(20), asides=3):
+    for batch in made(train_set, stage, range(30), asides=3, tasks=("qa1",)):
         for row, targets in zip(batch.idx.tolist(), batch.targets.tolist()):
             ends = [i for i, target in enumerate(targets) if target == tok.eot]
             for end in ends:
@@ -159,7 +162,7 @@ def test_half_of_the_documents_with_background_are_asked_earlier_too_what_is_kno
                 actor = re.search(r"Where is (\w+)\?$", before)[1]
                 assert tok.decode(row[start + 1:end + 1]) == f" {last_rooms(before)[actor]}"
             early.append(bool(MOVED.search(tok.decode(row[ends[0]:]))))         # facts behind an answer
-    assert 0.3 < sum(early) / len(early) < 0.6
+    assert least < sum(early) / len(early) < most
     assert all(map(same, made(train_set, PLAIN, range(3), asides=3), made(train_set, PLAIN, range(3))))
 
 

@@ -1,0 +1,43 @@
+"""The table over seeds: which cells are one column, what a cell says, and mistakes.
+
+    python -m pytest tests/test_seeds.py -q
+"""
+import json
+
+import pytest
+
+from data import seeds
+from test_scripts import no_worker_left, refused  # noqa: F401: the first is used by every test here
+
+
+def made(model, exact, memory="on", length=0, outside=0):
+    return dict(model=model, memory=memory, task="qa1", length=length, n=200, exact=exact, floor=40,
+                official=exact, floor_official=40, outside_n=2 * outside, outside_exact=outside,
+                floor_outside=outside)
+
+
+CELLS = [made("lm2-0", 196), made("lm2-1", 180), made("lm2-2", 190), made("lm2-0", 40, "off"),
+         made("full", 100), made("lm2-0", 150, length=16000, outside=50)]
+
+
+def test_a_line_has_the_median_of_the_seeds_its_interval_and_every_seed_in_order():
+    head, rule, line, far = seeds.markdown(CELLS).split("\n")
+    assert head == "| task | length | n | floor | lm2 on | lm2 off | full on |"
+    assert rule.count("|") == head.count("|")
+    assert line == ("| qa1 | 0k | 200 | 20.0 | 95.0 [91, 97] (98.0 90.0 95.0) | 20.0 [15, 26] | "
+                    "50.0 [43, 57] |")
+    assert far == "| qa1 | 16k | 200 | 20.0 | 75.0 [69, 80] | - | - |"
+
+
+def test_facts_outside_the_window_have_numbers_of_their_own():
+    assert seeds.markdown(CELLS, ["lm2 on"], "outside").split("\n")[2:] == [
+        "| qa1 | 16k | 100 | 50.0 | 50.0 [40, 60] |"]
+
+
+def test_the_command_prints_the_table_and_names_what_is_not_there(tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    file.write_text(json.dumps(dict(cells=CELLS)))
+    seeds.main([str(file), "--columns", "lm2 off"])
+    assert capsys.readouterr().out.split("\n")[0] == "| task | length | n | floor | lm2 off |"
+    for flags, named in ([str(file), "--columns", "rmt on"], "rmt on"), ([str(tmp_path / "no.json")], "no.json"):
+        assert named in refused(capsys, seeds.main, *flags)
