@@ -15,14 +15,15 @@ def each(stages: str, tasks: str) -> str:
 FIRST, CARRY = "2:0@qa1 4:0@qa1 2:0@qa1,qa4,qa4,qa4", "4:2:32@qa1 4:3:32@qa1"
 FIVE = "qa1,qa2,qa2,qa3,qa3,qa4,qa5,qa5"    # those that are learned slowly come twice as often
 PLAIN, MORE = "4:0 8:0", "8:4:32 30:0 16:8:32 30:8:64 100:16 100:32"
-ALL = dict(final_tokens=90_000_000)    # a Llama's few stages end early, and its tokens shall be as many
+ALL = dict(final_tokens=90_000_000)     # a Llama's few stages end early, and its tokens shall be as many
 QA1 = ALL | dict(tokens=8_000_000)      # as LM2's, of whose three seeds this is the median
 
 RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, preset: what that one changes}
     "qa1": {            # minutes on two CPU cores: train.py's defaults
         "": {},
         "cpu-llama": dict(stages="2:0 4:0 10:0 10:1", **QA1),
-        "cpu-full": dict(stages="2:0 4:0 10:0 10:1:128 10:2:128 10:4:128 10:8:128 10:16:128", whole=True, **QA1)},
+        "cpu-full": dict(stages="2:0 4:0 10:0 10:1:128 10:2:128 10:4:128 10:8:128 10:16:128", whole=True,
+                         **QA1)},
     "qa1-5": {          # 45 minutes
         "": dict(tasks="qa1 qa2 qa3 qa4 qa5", tokens=90_000_000, final_tokens=20_000_000, stage_steps=1500,
                  leave_plain_at=0.93, plain=0.25, asides=4, batch_tokens=8192, eval_every=10_000_000,
