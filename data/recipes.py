@@ -24,7 +24,7 @@ RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, preset: 
         "cpu-llama": dict(stages="2:0 4:0 10:0 10:1", **QA1),
         "cpu-full": dict(stages="2:0 4:0 10:0 10:1:128 10:2:128 10:4:128 10:8:128 10:16:128", whole=True,
                          **QA1)},
-    "qa1-5": {          # 45 minutes
+    "qa1-5": {          # an hour
         "": dict(tasks="qa1 qa2 qa3 qa4 qa5", tokens=90_000_000, final_tokens=20_000_000, stage_steps=1500,
                  leave_plain_at=0.93, plain=0.25, asides=4, batch_tokens=8192, eval_every=10_000_000,
                  stages=f"{FIRST} {each(PLAIN, FIVE)} {CARRY} {each(MORE, FIVE)}"),
