@@ -55,7 +55,7 @@ class TrainConfig:
     accumulate: int = 2                 # micro-batches a step
     processes: int | None = None        # of one thread each that share them; None: the threads, if those
     #                                     divide the micro-batches, else 1 with all threads
-    asides: int = 3                     # half of the documents are asked at 1 to so many earlier points too
+    asides: int = 3                     # half of the documents or more are asked at 1 to so many earlier points
     plain: float = 0.1                  # share of batches without background later on, so 0k is not forgotten
     leave_at: float = 0.9               # share of right answers to its longest documents that ends a stage
     leave_plain_at: float = 0.95        # ... this share in stages without background ...

@@ -10,7 +10,7 @@ import statistics
 
 from data.cli import Parser, one_line
 from data.document import length_name
-from data.metrics import BLOCKS, wilson
+from data.metrics import BLOCKS, column, percent, share
 from data.pictures import choose, load_figures
 
 
@@ -20,7 +20,7 @@ def by_seed(cells: list[dict]) -> dict[tuple[str, str, int], list[dict]]:
     for c in cells:
         name, _, seed = c["model"].rpartition("-")
         name = name if seed.isdecimal() and name else c["model"]
-        groups.setdefault((f"{name} {c['memory']}", c["task"], c["length"]), []).append(c)
+        groups.setdefault((column(c | dict(model=name)), c["task"], c["length"]), []).append(c)
     return groups
 
 
@@ -29,10 +29,9 @@ def cell(found: list[dict], n_key: str, hits_key: str) -> str:
     found = [c for c in found if c.get(n_key)]
     if not found:
         return "-"
-    shares = [c[hits_key] / c[n_key] for c in found]
-    middle = statistics.median_low(shares)
-    low, high = wilson(middle * found[0][n_key], found[0][n_key])
-    text = f"{100 * middle:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+    shares = [share([c], n_key, hits_key) for c in found]
+    middle = found[shares.index(statistics.median_low(shares))]
+    text = percent(middle[hits_key], middle[n_key]).replace(",", ", ")
     return text + (f" ({' '.join(f'{100 * s:.1f}' for s in shares)})" if len(shares) > 1 else "")
 
 
@@ -47,7 +46,7 @@ def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "
         first = next((c for found in row for c in found if c.get(n_key)), None)
         if first:
             lines.append(f"| {task} | {length_name(length)} | {first[n_key]} | "
-                         f"{100 * first[floor_key] / first[n_key]:.1f} | "
+                         f"{100 * share([first], n_key, floor_key):.1f} | "
                          + " | ".join(cell(found, n_key, hits_key) for found in row) + " |")
     return "\n".join(lines)
 
