@@ -42,7 +42,7 @@ def is_clean(sentence: str) -> bool:
     words = sentence.split()
     return (len(words) >= MIN_WORDS and SENTENCE.fullmatch(sentence) is not None
             and CODE.search(sentence) is None and sentence.count("(") == sentence.count(")")
-            and sum(c.isalpha() or c == " " for c in sentence) >= 0.9 * len(sentence)
+            and sum(map(str.isalpha, sentence)) + sentence.count(" ") >= 0.9 * len(sentence)
             and sum(len(w) > 2 and w.isupper() for w in words) <= len(words) // 4)
 
 

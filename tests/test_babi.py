@@ -231,6 +231,7 @@ LETTER = {name: "A" for names in NAMES.values() for name in names} | {o: "O" for
 LETTER |= {room: "L" for rooms in PLACES.values() for room in rooms}
 
 
+@functools.cache
 def template(text):
     """A sentence with A for an actor, L for a room and O for an object."""
     return " ".join(LETTER.get(word, word) for word in re.findall(r"\w+|[.?]", text))

@@ -66,9 +66,16 @@ def stories(task):
     return parse(written(task, STORIES[task]), " " if task == "qa14" else "")
 
 
+@functools.cache
+def groups(pattern, text):
+    """Of a statement, or None; kept, for few statements differ."""
+    found = re.fullmatch(pattern, text)
+    return found and found.groups()
+
+
 def match(pattern, facts):
     """(line number, groups) of the statements that have this pattern."""
-    return [(f.id, m.groups()) for f in facts if (m := re.fullmatch(pattern, f.text))]
+    return [(f.id, found) for f in facts if (found := groups(pattern, f.text))]
 
 
 def seats(facts, pattern):
