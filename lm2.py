@@ -83,11 +83,15 @@ class LM2Config:
 
 
 CPU = dict(n_layer=3, rope_theta=1000.0)  # learns on two CPU cores in minutes
+HOURS = dict(n_layer=4, n_head=6, n_kv_head=6, n_embd=96, ffn_dim=256, n_mem_head=6, rope_theta=1000.0)
 PRESETS: dict[str, dict] = {
     "cpu": CPU,                                                     # train.py's default
     "cpu-rmt": dict(CPU, n_mem_token=16, ffn_dim=325),              # as many parameters: an RMT,
     "cpu-llama": dict(CPU, n_mem_layer=0, ffn_dim=327),             # a Llama of the same window,
     "cpu-full": dict(CPU, n_mem_layer=0, ffn_dim=327, segment_len=16384),       # and one that sees it all
+    "cpu-hours": HOURS,                                             # 1.1 M, for five tasks; and its equals
+    "cpu-hours-rmt": dict(HOURS, n_mem_token=16, ffn_dim=480),
+    "cpu-hours-llama": dict(HOURS, n_mem_layer=0, ffn_dim=482),
     "gpu": dict(n_layer=6, n_embd=256, ffn_dim=704, segment_len=256, n_slot=64, rope_theta=1000.0),    # 8.6 M
     "lm2-1.7b": dict(  # paper: Llama-3.2-1B's shape, 2,048 slots in every block, 1.24 B + 0.47 B parameters
         vocab_size=128256, n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, ffn_dim=8192, segment_len=2048,

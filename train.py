@@ -42,8 +42,8 @@ from lm2 import PRESETS, LM2, LM2Config
 
 @dataclass(frozen=True)
 class TrainConfig:
-    preset: str = "cpu"                 # model of lm2.PRESETS; flags of single sizes win over it
-    recipe: str = "qa1"                 # of data/recipes.py: qa1, qa1-5 or qa1-10; flags win over it
+    preset: str = "cpu"                 # model of lm2.PRESETS, else the recipe's; flags of sizes win over it
+    recipe: str = "qa1"                 # of data/recipes.py, else the preset's: qa1, qa1-5 or qa1-10
     out_dir: str = "out"                # folder for ckpt.pt, metrics.jsonl and table.jsonl
     tasks: str = "qa1"                  # bAbI tasks to train on and to evaluate, with spaces between
     stages: str = "2:0 4:0 10:0 4:2:32 4:3:32 10:4:32 10:8:32 10:16:64 10:16 10:32"  # see Stage

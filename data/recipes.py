@@ -13,36 +13,38 @@ def each(stages: str, tasks: str) -> str:
 
 
 FIRST, CARRY = "2:0@qa1 4:0@qa1 2:0@qa1,qa4,qa4,qa4", "4:2:32@qa1 4:3:32@qa1"
-FIVE = "qa1,qa2,qa2,qa3,qa3,qa4,qa5,qa5"    # those that are learned slowly come twice as often
-PLAIN, MORE = "4:0 8:0", "8:4:32 30:0 16:8:32 30:8:64 100:16 100:32"
+FIVE = "qa1,qa2,qa2,qa3,qa3,qa4,qa5,qa5"    # those that are learned slowly come twice as often; in the end
+LATE = "qa1,qa2,qa2,qa3,qa3,qa3,qa4,qa4,qa4,qa4,qa5,qa5"   # qa4 more often still: it asks for two answers
 ALL = dict(final_tokens=90_000_000)     # a Llama's few stages end early, and its tokens shall be as many
 QA1 = ALL | dict(tokens=8_000_000)      # as LM2's, of whose three seeds this is the median
 
-RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, preset: what that one changes}
+RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, "llama" or "full": what those change}
     "qa1": {            # minutes on two CPU cores: train.py's defaults
-        "": {},
-        "cpu-llama": dict(stages="2:0 4:0 10:0 10:1", **QA1),
-        "cpu-full": dict(stages="2:0 4:0 10:0 10:1:128 10:2:128 10:4:128 10:8:128 10:16:128", whole=True,
-                         **QA1)},
-    "qa1-5": {          # an hour
-        "": dict(tasks="qa1 qa2 qa3 qa4 qa5", tokens=90_000_000, final_tokens=20_000_000, stage_steps=1500,
-                 leave_plain_at=0.93, plain=0.25, asides=4, batch_tokens=8192, eval_every=10_000_000,
-                 stages=f"{FIRST} {each(PLAIN, FIVE)} {CARRY} {each(MORE, FIVE)}"),
-        "cpu-llama": dict(stages=f"{FIRST} {each(f'{PLAIN} 30:0 30:1 100:1', FIVE)}", **ALL),
-        "cpu-full": dict(whole=True, stages=f"{FIRST} {each(f'{PLAIN} 30:0 30:4:128 100:8:128', FIVE)}",
-                         **ALL)},
-    "qa1-10": {         # for one GPU: the default of --preset gpu
-        "": dict(tasks=" ".join(f"qa{i}" for i in range(1, 11)), tokens=600_000_000, final_tokens=150_000_000,
-                 batch_size=64, batch_tokens=65536, accumulate=1, stage_steps=3000, leave_plain_at=0.93,
-                 plain=0.15, lr=1e-3, eval_every=50_000_000, compile=True, table_lengths="0k 1k 4k 16k 32k",
-                 asides=4, stages=f"{FIRST} {PLAIN} {CARRY} 8:4:32 30:0 16:8:64 30:8:128 100:8 100:32")},
+        "": dict(preset="cpu"),
+        "llama": dict(stages="2:0 4:0 10:0 10:1", **QA1),
+        "full": dict(stages="2:0 4:0 10:0 10:1:128 10:2:128 10:4:128 10:8:128 10:16:128", whole=True, **QA1)},
+    "qa1-5": {          # hours
+        "": dict(preset="cpu-hours", tasks="qa1 qa2 qa3 qa4 qa5", tokens=80_000_000, decay=0.55, lr=1.4e-3,
+                 leave_plain_at=0.93, plain=0.25, asides=4, batch_tokens=8192, eval_every=8_000_000,
+                 stages=f"{FIRST} {each('4:0 8:0', FIVE)} {CARRY} {each('8:4:32 30:0 30:8:64', FIVE)} "
+                        f"{each('100:16 100:32', LATE)}", **ALL),
+        "llama": dict(stages=f"{FIRST} {each('4:0 8:0 30:0', FIVE)} {each('30:1 100:1', LATE)}"),
+        "full": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 30:4:128', FIVE)} {each('100:8:128', LATE)}",
+                     whole=True)},
+    "qa1-10": {         # for one GPU
+        "": dict(preset="gpu", tasks=" ".join(f"qa{i}" for i in range(1, 11)), tokens=600_000_000,
+                 final_tokens=150_000_000, batch_size=64, batch_tokens=65536, accumulate=1, stage_steps=3000,
+                 leave_plain_at=0.93, plain=0.15, lr=1e-3, eval_every=50_000_000, compile=True,
+                 table_lengths="0k 1k 4k 16k 32k", asides=4,
+                 stages=f"{FIRST} 4:0 8:0 {CARRY} 8:4:32 30:0 16:8:64 30:8:128 100:8 100:32")},
 }
 
 
 def knobs(recipe: str | None, preset: str | None) -> dict:
-    """What a recipe (None: the preset's own), and in it a preset, changes in TrainConfig's defaults;
-    ValueError for an unknown one."""
-    recipe = recipe or ("qa1-10" if preset == "gpu" else "qa1")
+    """What a recipe (None: the one that the preset is made for), and in it a preset's kind of model, changes
+    in TrainConfig's defaults; ValueError for an unknown recipe."""
+    name = preset or ""
+    recipe = recipe or {"gpu": "qa1-10"}.get(name, "qa1-5" if name.startswith("cpu-hours") else "qa1")
     if recipe not in RECIPES:
         raise ValueError(f"--recipe {recipe!r} is unknown: choose from {', '.join(RECIPES)}")
-    return dict(recipe=recipe) | RECIPES[recipe][""] | RECIPES[recipe].get(preset, {})
+    return dict(recipe=recipe) | RECIPES[recipe][""] | RECIPES[recipe].get(name.split("-")[-1], {})

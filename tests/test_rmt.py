@@ -90,7 +90,7 @@ def test_it_has_no_banks_and_counts_its_memory_tokens_as_memory():
     assert model.n_params()[1] == K * model.cfg.n_embd
 
 
-def test_the_presets_to_compare_have_as_many_parameters_as_the_default():
-    sizes = {name: LM2(LM2Config(**PRESETS[name])).n_params()[0]
-             for name in ("cpu", "cpu-rmt", "cpu-llama", "cpu-full")}
-    assert all(abs(n / sizes["cpu"] - 1) < 0.001 for n in sizes.values()), sizes
+@pytest.mark.parametrize("name, equals", [("cpu", ("rmt", "llama", "full")), ("cpu-hours", ("rmt", "llama"))])
+def test_the_presets_to_compare_have_as_many_parameters(name, equals):
+    sizes = {x: LM2(LM2Config(**PRESETS[x])).n_params()[0] for x in (name, *(f"{name}-{e}" for e in equals))}
+    assert all(abs(n / sizes[name] - 1) < 0.001 for n in sizes.values()), sizes

@@ -31,7 +31,7 @@ from data.device import peak_memory
 from data.metrics import cells, table
 from data.recipes import RECIPES
 from data.tokenizer import load
-from lm2 import LM2, LM2Config
+from lm2 import PRESETS, LM2, LM2Config
 from test_babilong import MOVED, asked_in, book
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -558,7 +558,7 @@ def test_the_last_stage_is_never_left(folder, tmp_path):
     assert trainer.next_stage() is None and trainer.stage == 2
 
 
-@pytest.mark.parametrize("preset", ["cpu", "cpu-rmt", "cpu-llama", "cpu-full", "gpu"])
+@pytest.mark.parametrize("preset", [*sorted(set(PRESETS) - {"lm2-1.7b"})])
 def test_every_recipe_has_stages_that_every_preset_can_run_and_flags_win_over_it(preset):
     plain = {f.name for f in dataclasses.fields(train.TrainConfig)}
     for recipe, changes in RECIPES.items():
@@ -567,12 +567,15 @@ def test_every_recipe_has_stages_that_every_preset_can_run_and_flags_win_over_it
         stages = [Stage.parse(s, LM2Config(**sizes).segment_len) for s in c.stages.split()]
         assert {task for s in stages for task in s.tasks} <= set(c.tasks.split()) and c.lr == 0.5
         llama = LM2Config(**sizes).kind == "llama" and recipe != "qa1-10"
-        assert c.tokens == {"qa1": 8_000_000 if llama else 10_000_000, "qa1-5": 90_000_000,
+        assert c.tokens == {"qa1": 8_000_000 if llama else 10_000_000, "qa1-5": 80_000_000,
                             "qa1-10": 600_000_000}[recipe]
-        assert (c.final_tokens >= c.tokens) == llama            # its few stages do not end it early
+        assert c.final_tokens >= c.tokens or not llama          # its few stages do not end it early
         if llama and not c.whole:
             assert max(s.segments for s in stages) == 1         # it has nothing to carry
-    assert train.read_flags(["--preset", preset])[0].recipe == ("qa1-10" if preset == "gpu" else "qa1")
+    made_for = "qa1-10" if preset == "gpu" else "qa1-5" if "hours" in preset else "qa1"
+    assert train.read_flags(["--preset", preset])[0].recipe == made_for
+    c, sizes, _, _ = train.read_flags(["--recipe", made_for])
+    assert preset.startswith(c.preset) and sizes == PRESETS[c.preset]
 
 
 def test_only_batches_of_a_stages_most_segments_count_towards_leaving_it(folder, tmp_path, monkeypatch):
