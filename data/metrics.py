@@ -160,15 +160,18 @@ def line(group: str, length: int, found: list[list[dict]], n_key: str, hits_key:
     n = sum(c[n_key] for c in base)
     out = (f"{group:>6} {length_name(length):>6} {n if n < 10_000 else f'{n // 1000}k':>4} "
            + (f"{100 * share(base, n_key, floor_key):5.1f}" if floor_key else f"{'':>5}"))
-    alike = len(base) ** 2 / sum(1 / c[n_key] for c in base)    # samples that would make as sure of one share
-    for f in found:
-        out += f" {percent(share(f, n_key, hits_key) * alike, alike) if f else '-':>13}"
-    return out
+    return out + "".join(f" {percent(*pooled(f, n_key, hits_key)) if f else '-':>13}" for f in found)
 
 
 def share(figures: list[dict], n_key: str, hits_key: str) -> float:
     """The mean over cells of the share of hits."""
     return sum(c[hits_key] / c[n_key] for c in figures) / len(figures)
+
+
+def pooled(figures: list[dict], n_key: str, hits_key: str) -> tuple[float, float]:
+    """Hits and samples of one share that is as certain as the mean over these cells."""
+    n = len(figures) ** 2 / sum(1 / c[n_key] for c in figures)
+    return share(figures, n_key, hits_key) * n, n
 
 
 NOTES = ["[ , ]: Wilson's 95 % interval. floor: the best constant answer on these samples.",

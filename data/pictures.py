@@ -21,7 +21,7 @@ from data.checkpoint import load_checkpoint
 from data.cli import Parser, one_line
 from data.document import Document, from_text, length_name, parse_length
 from data.heatmaps import draw_read, draw_write
-from data.metrics import column, share, wilson
+from data.metrics import column, pooled, wilson
 from data.tokenizer import Tokenizer
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; in grey the markers and lines differ
@@ -100,9 +100,8 @@ def mean(cells: list[dict], name: str, tasks: list[str], length: int, key: str) 
     if missing := [t for t in tasks if t not in here]:
         raise ValueError(f"{name!r} has no {' '.join(missing)} at {length_name(length)}: evaluate it, or "
                          "choose other columns, tasks or lengths")
-    n = len(tasks) ** 2 / sum(1 / here[t]["n"] for t in tasks)    # as in the tables of data/metrics.py
-    p = share([here[t] for t in tasks], "n", key)
-    return [100 * x for x in (p, *wilson(p * n, n))]
+    hits, n = pooled([here[t] for t in tasks], "n", key)
+    return [100 * x for x in (hits / n, *wilson(hits, n))]
 
 
 def finish(fig, cells: list[dict], text: str) -> None:

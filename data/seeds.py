@@ -2,53 +2,72 @@
 
     python -m data.seeds assets/qa1.json                                  # every column
     python -m data.seeds assets/qa1.json --columns "lm2 on" "rmt on" --which outside
+    python -m data.seeds assets/five.json --across lengths                # a line a task and model
 
 Writes nothing. A model evaluated as --ckpt lm2-0=... lm2-1=... is one column, "lm2 on", of seeds 0 and 1. A
-cell is the median of the seeds, its Wilson interval, and every seed's share in their order.
+cell is the median of the seeds, its Wilson interval, and every seed's share in their order. Means over tasks
+appear where all of qa1-5 or qa1-10 were asked.
 """
 import statistics
 
 from data.cli import Parser, one_line
 from data.document import length_name
-from data.metrics import BLOCKS, column, percent, share
+from data.metrics import BLOCKS, GROUPS, column, percent, pooled, share
 from data.pictures import choose, load_figures
 
+Seeds = dict[str, dict[tuple[str, int], dict]]      # model -> (task, length) -> cell
 
-def by_seed(cells: list[dict]) -> dict[tuple[str, str, int], list[dict]]:
-    """(column, task, length) -> the cells of its seeds; the column's name is the model's without "-SEED"."""
-    groups: dict[tuple, list[dict]] = {}
+
+def by_column(cells: list[dict]) -> dict[str, Seeds]:
+    """column -> its seeds' cells; the column's name is the model's without "-SEED"."""
+    columns: dict[str, Seeds] = {}
     for c in cells:
         name, _, seed = c["model"].rpartition("-")
-        name = name if seed.isdecimal() and name else c["model"]
-        groups.setdefault((column(c | dict(model=name)), c["task"], c["length"]), []).append(c)
-    return groups
+        name = column(c | dict(model=name if seed.isdecimal() and name else c["model"]))
+        columns.setdefault(name, {}).setdefault(c["model"], {})[c["task"], c["length"]] = c
+    return columns
 
 
-def cell(found: list[dict], n_key: str, hits_key: str) -> str:
-    """"98.0 [95, 99] (97.0 98.0 98.0)"; one seed has no brackets behind, no sample is a dash."""
-    found = [c for c in found if c.get(n_key)]
+def pick(seeds: Seeds, tasks: list[str], length: int, n_key: str) -> list[list[dict]]:
+    """Of every seed the cells of these tasks at a length, if it has all of them."""
+    found = ([seed.get((t, length), {}) for t in tasks] for seed in seeds.values())
+    return [cells for cells in found if all(c.get(n_key) for c in cells)]
+
+
+def cell(found: list[list[dict]], n_key: str, hits_key: str) -> str:
+    """"98.0 [95, 99] (97.0 98.0 98.0)"; one seed has no brackets behind, none at all is a dash."""
     if not found:
         return "-"
-    shares = [share([c], n_key, hits_key) for c in found]
+    shares = [share(cells, n_key, hits_key) for cells in found]
     middle = found[shares.index(statistics.median_low(shares))]
-    text = percent(middle[hits_key], middle[n_key]).replace(",", ", ")
+    text = percent(*pooled(middle, n_key, hits_key)).replace(",", ", ")
     return text + (f" ({' '.join(f'{100 * s:.1f}' for s in shares)})" if len(shares) > 1 else "")
 
 
-def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "exact") -> str:
-    """The table, a line a task and length; ValueError for a column that is not there."""
+def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "exact",
+             across: str = "models") -> str:
+    """The table: a line a task and length, or with `across` "lengths" a line a task and column, below each
+    task's the best constant answer; ValueError for a column that is not there."""
     _, n_key, hits_key, floor_key = BLOCKS[which]
-    groups = by_seed(cells)
-    columns = choose("--columns", columns, [name for name, _, _ in groups])
-    lines = ["| task | length | n | floor | " + " | ".join(columns) + " |", "|---" * (4 + len(columns)) + "|"]
-    for task, length in sorted({(t, x) for _, t, x in groups}, key=lambda tx: (int(tx[0][2:]), tx[1])):
-        row = [groups.get((name, task, length), []) for name in columns]
-        first = next((c for found in row for c in found if c.get(n_key)), None)
-        if first:
-            lines.append(f"| {task} | {length_name(length)} | {first[n_key]} | "
-                         f"{100 * share([first], n_key, floor_key):.1f} | "
-                         + " | ".join(cell(found, n_key, hits_key) for found in row) + " |")
-    return "\n".join(lines)
+    there = by_column(cells)
+    columns = choose("--columns", columns, list(there))
+    tasks = sorted({c["task"] for c in cells}, key=lambda task: int(task[2:]))
+    groups = {t: [t] for t in tasks} | {f"mean of {g}": of for g, of in GROUPS.items() if set(of) <= set(tasks)}
+    lengths, rows = sorted({c["length"] for c in cells}), []
+    for group, members in groups.items():
+        found = {(name, x): pick(there[name], members, x, n_key) for name in columns for x in lengths}
+        first = {x: next((found[name, x][0] for name in columns if found[name, x]), None) for x in lengths}
+        floors = {x: f"{100 * share(f, n_key, floor_key):.1f}" if f else "-" for x, f in first.items()}
+        if across == "models":
+            rows += [[group, length_name(x), f"{sum(c[n_key] for c in first[x])}", floors[x]]
+                     + [cell(found[name, x], n_key, hits_key) for name in columns] for x in lengths if first[x]]
+        else:
+            rows += [[group, name] + [cell(found[name, x], n_key, hits_key) for x in lengths]
+                     for name in columns if any(found[name, x] for x in lengths)]
+            rows += [[group, "floor", *floors.values()]]
+    head = (["task", "length", "n", "floor", *columns] if across == "models"
+            else ["task", "column", *map(length_name, lengths)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,9 +77,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--which", default="exact", choices=("exact", "outside", "official"),
                         help="exact match; of facts outside the window; the benchmark's own metric "
                              "(default exact)")
+    parser.add_argument("--across", default="models", choices=("models", "lengths"),
+                        help="what stands side by side (default models)")
     args = parser.parse_args(argv)
     with one_line("python -m data.seeds"):
-        print(markdown(load_figures(args.figures), args.columns, args.which))
+        print(markdown(load_figures(args.figures), args.columns, args.which, args.across))
 
 
 if __name__ == "__main__":

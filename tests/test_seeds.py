@@ -10,8 +10,8 @@ from data import seeds
 from test_scripts import no_worker_left, refused  # noqa: F401: the first is used by every test here
 
 
-def made(model, exact, memory="on", length=0, outside=0):
-    return dict(model=model, memory=memory, task="qa1", length=length, n=200, exact=exact, floor=40,
+def made(model, exact, memory="on", length=0, outside=0, task="qa1"):
+    return dict(model=model, memory=memory, task=task, length=length, n=200, exact=exact, floor=40,
                 official=exact, floor_official=40, outside_n=2 * outside, outside_exact=outside,
                 floor_outside=outside)
 
@@ -23,7 +23,7 @@ CELLS = [made("lm2-0", 196), made("lm2-1", 180), made("lm2-2", 190), made("lm2-0
 def test_a_line_has_the_median_of_the_seeds_its_interval_and_every_seed_in_order():
     head, rule, line, far = seeds.markdown(CELLS).split("\n")
     assert head == "| task | length | n | floor | lm2 on | lm2 off | full on |"
-    assert rule.count("|") == head.count("|")
+    assert rule == "| --- | --- | --- | --- | --- | --- | --- |"
     assert line == ("| qa1 | 0k | 200 | 20.0 | 95.0 [91, 97] (98.0 90.0 95.0) | 20.0 [15, 26] | "
                     "50.0 [43, 57] |")
     assert far == "| qa1 | 16k | 200 | 20.0 | 75.0 [69, 80] | - | - |"
@@ -32,6 +32,20 @@ def test_a_line_has_the_median_of_the_seeds_its_interval_and_every_seed_in_order
 def test_facts_outside_the_window_have_numbers_of_their_own():
     assert seeds.markdown(CELLS, ["lm2 on"], "outside").split("\n")[2:] == [
         "| qa1 | 16k | 100 | 50.0 | 50.0 [40, 60] |"]
+
+
+def test_with_the_lengths_side_by_side_a_line_is_a_task_and_a_column():
+    assert seeds.markdown(CELLS, ["lm2 on", "full on"], across="lengths").split("\n") == [
+        "| task | column | 0k | 16k |", "| --- | --- | --- | --- |",
+        "| qa1 | lm2 on | 95.0 [91, 97] (98.0 90.0 95.0) | 75.0 [69, 80] |",
+        "| qa1 | full on | 50.0 [43, 57] | - |", "| qa1 | floor | 20.0 | 20.0 |"]
+
+
+def test_a_mean_over_tasks_is_as_certain_as_all_their_samples_and_wants_every_task():
+    five = [made(f"lm2-{s}", 100 + 20 * i + s, task=f"qa{i + 1}") for i in range(5) for s in (0, 10)]
+    lines = seeds.markdown(five + [made("rmt", 100)]).split("\n")
+    assert lines[-1] == ("| mean of qa1-5 | 0k | 1000 | 20.0 | 70.0 [67, 73] (70.0 75.0) | - |")
+    assert len(lines) == 2 + 5 + 1 and lines[2].endswith("| 50.0 [43, 57] |")
 
 
 def test_the_command_prints_the_table_and_names_what_is_not_there(tmp_path, capsys):
