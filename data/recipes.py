@@ -15,7 +15,6 @@ def each(stages: str, tasks: str) -> str:
 FIRST, CARRY = "2:0@qa1 4:0@qa1 2:0@qa4", "4:2:32@qa1 4:3:32@qa1"
 FIVE = "qa1,qa2,qa2,qa3,qa3,qa3,qa4,qa4,qa4,qa4,qa5,qa5"    # those that are learned slowly come more often,
 #                                             and qa4, of whose documents an answer or two is all that is asked
-MORE = "8:4:32 30:0 30:8:64 100:16 100:32"
 ALL = dict(final_tokens=90_000_000)     # a Llama's few stages end early, and its tokens shall be as many
 QA1 = ALL | dict(tokens=8_000_000)      # as LM2's, of whose three seeds this is the median
 
@@ -27,7 +26,8 @@ RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, "llama" 
     "qa1-5": {          # hours
         "": dict(preset="cpu-hours", tasks="qa1 qa2 qa3 qa4 qa5", tokens=80_000_000, decay=0.7, lr=1.4e-3,
                  plain=0.25, asides=4, batch_tokens=8192, eval_every=8_000_000, **ALL,
-                 stages=f"{FIRST} {each('4:0 8:0', FIVE)} {CARRY} {each(MORE, FIVE)}"),
+                 stages=f"{FIRST} {each('4:0 8:0', FIVE)} {CARRY} 8:4:32@{FIVE} 2:4:32@qa4 "
+                        f"{each('30:0 30:8:64', FIVE)} 2:0@qa4 2:8:64@qa4 {each('100:16 100:32', FIVE)}"),
         "llama": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 30:1 100:1', FIVE)}"),
         "full": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 30:4:128 100:8:128', FIVE)}", whole=True)},
     "qa1-10": {         # for one GPU
