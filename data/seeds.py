@@ -34,14 +34,21 @@ def pick(seeds: Seeds, tasks: list[str], length: int, n_key: str) -> list[list[d
     return [cells for cells in found if all(c.get(n_key) for c in cells)]
 
 
-def cell(found: list[list[dict]], n_key: str, hits_key: str) -> str:
-    """"98.0 [95, 99] (97.0 98.0 98.0)"; one seed has no brackets behind, none at all is a dash."""
+def size(cells: list[dict], n_key: str) -> int:
+    """Samples in all."""
+    return sum(c[n_key] for c in cells)
+
+
+def cell(found: list[list[dict]], n_key: str, hits_key: str, n: int | None = None) -> str:
+    """"98.0 [95, 99] (97.0 98.0 98.0)"; one seed has no brackets behind, none at all is a dash. Where the
+    samples are not n, it says how many they are."""
     if not found:
         return "-"
     shares = [share(cells, n_key, hits_key) for cells in found]
     middle = found[shares.index(statistics.median_low(shares))]
     text = percent(*pooled(middle, n_key, hits_key)).replace(",", ", ")
-    return text + (f" ({' '.join(f'{100 * s:.1f}' for s in shares)})" if len(shares) > 1 else "")
+    text += f" ({' '.join(f'{100 * s:.1f}' for s in shares)})" if len(shares) > 1 else ""
+    return text + (f", n = {size(middle, n_key)}" if n not in (None, size(middle, n_key)) else "")
 
 
 def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "exact",
@@ -59,8 +66,9 @@ def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "
         first = {x: next((found[name, x][0] for name in columns if found[name, x]), None) for x in lengths}
         floors = {x: f"{100 * share(f, n_key, floor_key):.1f}" if f else "-" for x, f in first.items()}
         if across == "models":
-            rows += [[group, length_name(x), f"{sum(c[n_key] for c in first[x])}", floors[x]]
-                     + [cell(found[name, x], n_key, hits_key) for name in columns] for x in lengths if first[x]]
+            for x, n in [(x, size(first[x], n_key)) for x in lengths if first[x]]:
+                rows.append([group, length_name(x), f"{n}", floors[x]]
+                            + [cell(found[name, x], n_key, hits_key, n) for name in columns])
         else:
             rows += [[group, name] + [cell(found[name, x], n_key, hits_key) for x in lengths]
                      for name in columns if any(found[name, x] for x in lengths)]

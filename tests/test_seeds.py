@@ -48,6 +48,11 @@ def test_a_mean_over_tasks_is_as_certain_as_all_their_samples_and_wants_every_ta
     assert len(lines) == 2 + 5 + 1 and lines[2].endswith("| 50.0 [43, 57] |")
 
 
+def test_a_column_with_fewer_samples_says_so():
+    few = made("rmt", 30) | dict(n=40)
+    assert seeds.markdown([CELLS[0], few]).endswith("| 98.0 [95, 99] | 75.0 [60, 86], n = 40 |")
+
+
 def test_the_command_prints_the_table_and_names_what_is_not_there(tmp_path, capsys):
     file = tmp_path / "figures.json"
     file.write_text(json.dumps(dict(cells=CELLS)))
