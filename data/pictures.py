@@ -6,10 +6,10 @@
     python -m data.pictures write --ckpt out/ckpt.pt --seed 5 --out assets/write.png
 
 Writes --out, a .png, .pdf or .svg. Needs matplotlib: pip install -e ".[pictures]". The first two draw what
-`babilong_eval.py --figures` wrote, the radar as in the paper's Fig. 3. The others draw the memory on one
-document, a BABILong sample or --text; data/heatmaps.py tells how to read them.
+`babilong_eval.py --figures` wrote, the radar as in the paper's Fig. 3; models NAME-0, NAME-1 and so on are
+seeds of one line. The others draw the memory on one document, a BABILong sample or --text; data/heatmaps.py
+tells how to read them.
 """
-import json
 import math
 import warnings
 from pathlib import Path
@@ -21,7 +21,8 @@ from data.checkpoint import load_checkpoint
 from data.cli import Parser, one_line
 from data.document import Document, from_text, length_name, parse_length
 from data.heatmaps import draw_read, draw_write
-from data.metrics import column, pooled, wilson
+from data.metrics import column, pooled, share, wilson
+from data.seeds import by_column, choose, load_figures, merged, pick
 from data.tokenizer import Tokenizer
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; in grey the markers and lines differ
@@ -61,33 +62,6 @@ def save(fig, out: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load_figures(path: str) -> list[dict]:
-    """The cells of a file of `babilong_eval.py --figures`; ValueError names a file or a cell that is none."""
-    number, seen, mend = 0, set(), "write it with babilong_eval.py --figures"
-    try:
-        cells = json.loads(Path(path).read_bytes())["cells"]
-        for number, c in enumerate(cells, 1):
-            counts = [c[key] for metric, (_, floor) in METRICS.items() for key in (metric, floor)]
-            seen.add((c["model"] + c["memory"] + c["task"], c["length"]))
-            if not 0 <= min(counts) <= max(counts) <= c["n"] > 0 <= c["length"] or len(seen) < number:
-                raise ValueError
-    except (ValueError, KeyError, TypeError):
-        where = f"cell {number} is broken or there twice" if number else "that is none of its files"
-        raise ValueError(f"{path} holds no figures, {where}: {mend}") from None
-    if not cells:
-        raise ValueError(f"{path} holds no figures, it is empty: {mend}")
-    return cells
-
-
-def choose(flag: str, asked: list[str] | None, there: list[str]) -> list[str]:
-    """What was asked for, or all; ValueError for what is not there."""
-    there = list(dict.fromkeys(there))
-    for x in asked or ():
-        if x not in there:
-            raise ValueError(f"{flag} {x!r} is not in the file: choose from {', '.join(map(repr, there))}")
-    return list(dict.fromkeys(asked or there))
-
-
 def label(name: str) -> str:
     """A column in a legend: "lm2 on" -> "lm2", "lm2 off" -> "lm2, memory off"."""
     model, _, mode = name.rpartition(" ")
@@ -112,9 +86,11 @@ def finish(fig, cells: list[dict], text: str) -> None:
 
 
 def draw_accuracy(fig, cells: list[dict], columns: list[str], tasks: list[str], metric: str) -> None:
-    """Accuracy by length, a line a column, the mean where there are several tasks. ValueError for a column
-    that lacks a task at one of its lengths."""
-    cells, floor = [c for c in cells if c["task"] in tasks and column(c) in columns], {}
+    """Accuracy by length, a line a column, the mean where there are several tasks; of a column of seeds the
+    one in the middle, and a dot for every other. ValueError for a column that lacks a task at a length."""
+    cells = [c for c in cells if c["task"] in tasks]
+    every, floor = by_column(cells), {}
+    cells = [c for c in merged(cells, tasks, metric) if column(c) in columns]
     for name in columns:
         if name not in map(column, cells):
             raise ValueError(f"{name!r} has no {' '.join(tasks)}: choose other columns or tasks")
@@ -130,6 +106,10 @@ def draw_accuracy(fig, cells: list[dict], columns: list[str], tasks: list[str], 
         aside = 0.05 * (i - (len(columns) - 1) / 2)         # so that no bar hides another
         ax.errorbar([at[x] + aside for x in have], [p for p, *_ in points], bars, capsize=3,
                     label=label(name), **style)
+        others = [(at[x] + aside, 100 * share(found, "n", metric)) for x in have * (len(every[name]) > 1)
+                  for found in pick(every[name], tasks, x, "n")]
+        if others:
+            ax.plot(*zip(*others), **style | dict(linestyle="", markersize=3, alpha=0.5))
         floor |= {x: mean(cells, name, tasks, x, METRICS[metric][1])[0] for x in have if x not in floor}
     ax.errorbar([at[x] for x in sorted(floor)], [floor[x] for x in sorted(floor)], **FLOOR)
     ax.set_xticks(list(at.values()), [length_name(x) for x in at])
@@ -147,6 +127,7 @@ def group_means(cells: list[dict], name: str, length: int, key: str) -> list[flo
 
 def draw_radar(fig, cells: list[dict], columns: list[str], length: int, metric: str) -> None:
     """The five groups of tasks, a polygon a column."""
+    cells = merged(cells, sum(GROUPS.values(), []), metric)
     angles = [2 * math.pi * i / len(GROUPS) for i in range(len(GROUPS) + 1)]
     fig.set_size_inches(8, 6.4)
     ax = fig.add_subplot(projection="polar", theta_offset=math.pi / 2, theta_direction=-1)
@@ -166,7 +147,7 @@ def draw_radar(fig, cells: list[dict], columns: list[str], length: int, metric: 
 def figures(fig, args) -> None:
     """Draw the accuracy or the radar that the flags ask for."""
     cells = load_figures(args.figures)
-    columns = choose("--columns", args.columns, [column(c) for c in cells])
+    columns = choose("--columns", args.columns, list(by_column(cells)))
     if len(columns) > len(STYLES):
         raise ValueError(f"{len(columns)} columns are too many to tell apart: choose up to {len(STYLES)} "
                          "with --columns")

@@ -8,14 +8,42 @@ Writes nothing. A model evaluated as --ckpt lm2-0=... lm2-1=... is one column, "
 cell is the median of the seeds, its Wilson interval, and every seed's share in their order. Means over tasks
 appear where all of qa1-5 or qa1-10 were asked.
 """
+import json
 import statistics
+from pathlib import Path
 
 from data.cli import Parser, one_line
 from data.document import length_name
 from data.metrics import BLOCKS, GROUPS, column, percent, pooled, share
-from data.pictures import choose, load_figures
 
 Seeds = dict[str, dict[tuple[str, int], dict]]      # model -> (task, length) -> cell
+
+
+def load_figures(path: str) -> list[dict]:
+    """The cells of a file of `babilong_eval.py --figures`; ValueError names a file or a cell that is none."""
+    number, seen, mend = 0, set(), "write it with babilong_eval.py --figures"
+    try:
+        cells = json.loads(Path(path).read_bytes())["cells"]
+        for number, c in enumerate(cells, 1):
+            counts = [c[key] for key in ("exact", "floor", "official", "floor_official")]
+            seen.add((c["model"] + c["memory"] + c["task"], c["length"]))
+            if not 0 <= min(counts) <= max(counts) <= c["n"] > 0 <= c["length"] or len(seen) < number:
+                raise ValueError
+    except (ValueError, KeyError, TypeError):
+        where = f"cell {number} is broken or there twice" if number else "that is none of its files"
+        raise ValueError(f"{path} holds no figures, {where}: {mend}") from None
+    if not cells:
+        raise ValueError(f"{path} holds no figures, it is empty: {mend}")
+    return cells
+
+
+def choose(flag: str, asked: list[str] | None, there: list[str]) -> list[str]:
+    """What was asked for, or all; ValueError for what is not there."""
+    there = list(dict.fromkeys(there))
+    for x in asked or ():
+        if x not in there:
+            raise ValueError(f"{flag} {x!r} is not in the file: choose from {', '.join(map(repr, there))}")
+    return list(dict.fromkeys(asked or there))
 
 
 def by_column(cells: list[dict]) -> dict[str, Seeds]:
@@ -34,6 +62,25 @@ def pick(seeds: Seeds, tasks: list[str], length: int, n_key: str) -> list[list[d
     return [cells for cells in found if all(c.get(n_key) for c in cells)]
 
 
+def middle(found: list[list[dict]], n_key: str, hits_key: str) -> list[dict]:
+    """Of seeds' cells those with the median of the means."""
+    shares = [share(cells, n_key, hits_key) for cells in found]
+    return found[shares.index(statistics.median_low(shares))]
+
+
+def merged(cells: list[dict], tasks: list[str], metric: str) -> list[dict]:
+    """At each length of each column the cells of the seed in the middle of these tasks' means, by the
+    column's name; where no seed has all the tasks, those of the first that has any."""
+    out = []
+    for name, seeds in by_column(cells).items():
+        for length in sorted({x for seed in seeds.values() for _, x in seed}):
+            some = ([c for (_, x), c in seed.items() if x == length] for seed in seeds.values())
+            found = pick(seeds, tasks, length, "n")
+            chosen = middle(found, "n", metric) if found else next(filter(None, some))
+            out += [c | dict(model=name.rpartition(" ")[0]) for c in chosen]
+    return out
+
+
 def size(cells: list[dict], n_key: str) -> int:
     """Samples in all."""
     return sum(c[n_key] for c in cells)
@@ -45,10 +92,10 @@ def cell(found: list[list[dict]], n_key: str, hits_key: str, n: int | None = Non
     if not found:
         return "-"
     shares = [share(cells, n_key, hits_key) for cells in found]
-    middle = found[shares.index(statistics.median_low(shares))]
-    text = percent(*pooled(middle, n_key, hits_key)).replace(",", ", ")
+    most = middle(found, n_key, hits_key)
+    text = percent(*pooled(most, n_key, hits_key)).replace(",", ", ")
     text += f" ({' '.join(f'{100 * s:.1f}' for s in shares)})" if len(shares) > 1 else ""
-    return text + (f", n = {size(middle, n_key)}" if n not in (None, size(middle, n_key)) else "")
+    return text + (f", n = {size(most, n_key)}" if n not in (None, size(most, n_key)) else "")
 
 
 def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "exact",

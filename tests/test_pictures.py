@@ -341,6 +341,18 @@ def test_lines_and_bars_of_the_accuracy_are_the_cells_shares_and_intervals():
     assert legend == ["lm2", "lm2, memory off", "best constant answer"]
 
 
+def test_seeds_are_one_line_of_the_middle_one_and_a_dot_each():
+    cells = [c | dict(model=f"rmt-{seed}") for seed, shift in ((0, 0), (1, -20), (2, -4))
+             for c in (c | dict(exact=c["exact"] + shift) for c in CELLS if c["memory"] == "on")]
+    fig = new_figure()
+    pictures.draw_accuracy(fig, cells + CELLS, ["rmt on", "lm2 on"], ["qa1"], "exact")
+    for container, shift in zip(fig.axes[0].containers, (-4, 0)):
+        assert container.lines[0].get_ydata() == pytest.approx([(h + shift) / 2 for h in HITS["lm2 on"]])
+    (dots,) = [line for line in fig.axes[0].lines if line.get_markersize() == 3]
+    assert sorted(dots.get_ydata()) == pytest.approx(
+        sorted((h + shift) / 2 for h in HITS["lm2 on"] for shift in (0, -20, -4)))
+
+
 def test_the_official_metric_has_its_own_counts_and_floor():
     fig = new_figure()
     pictures.draw_accuracy(fig, CELLS, ["lm2 off"], ["qa1"], "official")
