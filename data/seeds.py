@@ -100,8 +100,9 @@ def cell(found: list[list[dict]], n_key: str, hits_key: str, n: int | None = Non
 
 def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "exact",
              across: str = "models") -> str:
-    """The table: a line a task and length, or with `across` "lengths" a line a task and column, below each
-    task's the best constant answer; ValueError for a column that is not there."""
+    """The table: a line a task and length, or with `across` "lengths" a line a task and column, and one of
+    the best constant answer below the means, or the tasks without any; ValueError for a column that is not
+    there."""
     _, n_key, hits_key, floor_key = BLOCKS[which]
     there = by_column(cells)
     columns = choose("--columns", columns, list(there))
@@ -119,7 +120,7 @@ def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "
         else:
             rows += [[group, name] + [cell(found[name, x], n_key, hits_key) for x in lengths]
                      for name in columns if any(found[name, x] for x in lengths)]
-            rows += [[group, "floor", *floors.values()]]
+            rows += [[group, "floor", *floors.values()]] * (len(members) > 1 or len(groups) == len(tasks))
     head = (["task", "length", "n", "floor", *columns] if across == "models"
             else ["task", "column", *map(length_name, lengths)])
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))

@@ -46,6 +46,8 @@ def test_a_mean_over_tasks_is_as_certain_as_all_their_samples_and_wants_every_ta
     lines = seeds.markdown(five + [made("rmt", 100)]).split("\n")
     assert lines[-1] == ("| mean of qa1-5 | 0k | 1000 | 20.0 | 70.0 [67, 73] (70.0 75.0) | - |")
     assert len(lines) == 2 + 5 + 1 and lines[2].endswith("| 50.0 [43, 57] |")
+    lines = seeds.markdown(five, across="lengths").split("\n")
+    assert len(lines) == 2 + 5 + 2 and lines[-1] == "| mean of qa1-5 | floor | 20.0 |"
 
 
 def test_a_column_with_fewer_samples_says_so():
