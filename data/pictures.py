@@ -87,7 +87,7 @@ def finish(fig, cells: list[dict], text: str) -> None:
 
 def draw_accuracy(fig, cells: list[dict], columns: list[str], tasks: list[str], metric: str) -> None:
     """Accuracy by length, a line a column, the mean where there are several tasks; of a column of seeds the
-    one in the middle, and a dot for every other. ValueError for a column that lacks a task at a length."""
+    one in the middle, and a dot each. ValueError for a column that lacks a task at a length."""
     cells = [c for c in cells if c["task"] in tasks]
     every, floor = by_column(cells), {}
     cells = [c for c in merged(cells, tasks, metric) if column(c) in columns]

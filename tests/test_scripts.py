@@ -558,7 +558,7 @@ def test_the_last_stage_is_never_left(folder, tmp_path):
     assert trainer.next_stage() is None and trainer.stage == 2
 
 
-@pytest.mark.parametrize("preset", [*sorted(set(PRESETS) - {"lm2-1.7b"})])
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"lm2-1.7b"}))
 def test_every_recipe_has_stages_that_every_preset_can_run_and_flags_win_over_it(preset):
     plain = {f.name for f in dataclasses.fields(train.TrainConfig)}
     for recipe, changes in RECIPES.items():
