@@ -29,7 +29,7 @@ from data.babilong import Builder
 from data.batches import Batch, Batches, Maker, Stage
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.cli import Parser, one_line
-from data.device import keep_freed_memory, pick_device
+from data.device import bfloat16_layers, keep_freed_memory, pick_device
 from data.document import length_name, parse_length
 from data.helpers import Helpers
 from data.metrics import cells, exact_match, table
@@ -75,6 +75,7 @@ class TrainConfig:
     threads: int = 0                    # CPU threads; 0 leaves PyTorch's choice
     workers: int | None = None          # processes that make batches ahead; None: 4 with CUDA, else 0
     compile: bool = False               # torch.compile: minutes at first, then faster; a CPU needs g++
+    bfloat16: bool | None = None        # layers multiply in bfloat16; None: with CUDA alone. A CPU needs AMX
     recompute: bool = False             # activation checkpointing: less memory, a third more work
     minutes: float | None = None        # stop after so long, save and evaluate; --resume goes on
     log_every: int = 10                 # steps between lines of metrics.jsonl, at which stages may end
@@ -124,8 +125,8 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
     parser = Parser("train.py", __doc__.split("\n")[0])
     parser.add_argument("--resume", action="store_true",
                         help="go on from out_dir/ckpt.pt with its configuration; only out_dir, minutes, "
-                             "device, threads, processes, workers, compile, recompute, eval_*, table_* "
-                             "may be given anew (default off)")
+                             "device, threads, processes, workers, compile, bfloat16, recompute, "
+                             "eval_*, table_* may be given anew (default off)")
     parser.add_fields(TrainConfig)
     parser.add_fields(LM2Config, skip=("vocab_size", "rope_scaling"), shown=PRESETS["cpu"])
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
@@ -137,8 +138,12 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
     return c, sizes, resume, given
 
 
-ANEW = set("out_dir minutes device threads processes workers compile recompute eval_every eval_n "
+ANEW = set("out_dir minutes device threads processes workers compile bfloat16 recompute eval_every eval_n "
            "table_lengths table_n".split())
+
+
+def uses_bfloat16(c: TrainConfig, device: torch.device) -> bool:
+    return device.type == "cuda" if c.bfloat16 is None else c.bfloat16
 
 
 def add_gradients(model: LM2, batches: Iterator[Batch], stage: Stage, n: int, c: TrainConfig,
@@ -151,7 +156,7 @@ def add_gradients(model: LM2, batches: Iterator[Batch], stage: Stage, n: int, c:
         tokens, asked = tokens + batch.idx.numel(), int(batch.words.sum())      # on the host
         segment_len = batch.idx.shape[1] if c.whole else stage.segment_len
         batch = batch.to(device)
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast("cuda", torch.bfloat16, device.type == "cuda" and uses_bfloat16(c, device)):
             logits, loss, _ = model(batch.idx, batch.targets, keep=batch.keep,
                                     segment_len=segment_len, recompute=c.recompute)
         (loss / c.accumulate).backward()
@@ -211,6 +216,8 @@ class Trainer:
         for task in self.tasks:
             self.train_set.story(task, 2, random.Random(0))  # what is wrong with files shows before the start
         self.model.to(self.device)
+        if self.device.type == "cpu" and uses_bfloat16(c, self.device):
+            bfloat16_layers(self.model)
         self.optimizer = torch.optim.AdamW(self.model.optimizer_groups(c.weight_decay), lr=c.lr,
                                            betas=(0.9, c.beta2), fused=True)
         self.step = self.tokens = self.stage = self.stage_step = 0
@@ -399,7 +406,7 @@ def main(argv: list[str] | None = None) -> None:
         why = "asked for" if t.c.device != "auto" else "found" if cuda else "no CUDA device here"
         print(t.c, t.model.cfg, sep="\n")
         print(f"{total:,} parameters, {memory:,} of them memory",
-              f"{t.device} ({why}), {'bfloat16' if cuda else 'float32'}, "
+              f"{t.device} ({why}), {'bfloat16' if uses_bfloat16(t.c, t.device) else 'float32'}, "
               + (f"{t.processes} processes of one thread" if t.processes > 1 else f"{t.threads[1]} threads"),
               f"{len(t.train_set.prose):,} tokens of background to train on, {len(t.val_set.prose):,} to "
               f"validate, {t.train_set.chars_per_token:.2f} characters a token",

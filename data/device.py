@@ -1,14 +1,18 @@
 """What the machine has: the device, the memory used, and how freed memory is treated.
 
-    from data.device import pick_device, peak_memory, keep_freed_memory
+    from data.device import pick_device, bfloat16_layers, peak_memory, keep_freed_memory
 
 Writes nothing.
 """
 import ctypes
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
 
 
 def pick_device(name: str) -> torch.device:
@@ -21,6 +25,21 @@ def pick_device(name: str) -> torch.device:
         return device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError):
         raise ValueError(f"--device {name!r} is not on this machine: give cpu, cuda or auto") from None
+
+
+def bfloat16_layers(model: nn.Module) -> None:
+    """Let every linear layer, from now on, multiply in bfloat16; weights, gradients of weights, and all else
+    stay as they are. Autocast does so on a GPU. On a CPU that has tiles for it (AMX) such a product takes a
+    quarter of the time, but autocast would take small attention along, which is slower there in bfloat16."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.forward = partial(bfloat16_product, layer)
+
+
+def bfloat16_product(layer: nn.Linear, x: Tensor) -> Tensor:
+    """x (..., in) -> (..., out) in the dtype of x."""
+    bias = None if layer.bias is None else layer.bias.bfloat16()
+    return F.linear(x.bfloat16(), layer.weight.bfloat16(), bias).to(x.dtype)
 
 
 def peak_memory() -> int:

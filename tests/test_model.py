@@ -21,6 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import reference  # noqa: E402
 from data.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from data.device import bfloat16_layers  # noqa: E402
 from data.tokenizer import load  # noqa: E402
 from lm2 import LM2, PRESETS, LM2Config, turn_table  # noqa: E402
 
@@ -644,6 +645,21 @@ def test_bfloat16_autocast_trains_through_segments_with_a_float32_bank():
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
     near(loss, model(idx[:, :-1], idx[:, 1:])[1], 0.05)
+
+
+def test_layers_that_multiply_in_bfloat16_leave_the_rest_in_float32_and_train_nearly_as_they_did():
+    model, idx = build(dtype=torch.float32), text(2, 3 * S + 2)
+    rounded = copy.deepcopy(model)
+    bfloat16_layers(rounded)
+    (logits, loss, _), (others, other, state) = (m(idx[:, :-1], idx[:, 1:]) for m in (model, rounded))
+    assert {x.dtype for x in (others, other, *state.tensors())} == {torch.float32}
+    assert not torch.equal(logits, others)
+    near(others, logits, 0.15)
+    loss.backward(), other.backward()
+    for (name, p), q in zip(model.named_parameters(), rounded.parameters()):
+        assert q.dtype == q.grad.dtype == torch.float32, name
+        assert F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.98, name
+    assert list(rounded.state_dict()) == list(model.state_dict())
 
 
 # Compiled
