@@ -29,7 +29,8 @@ FOLDERS = ("", "en-10k", "en-valid-10k", "tasks_1-20_v1-2/en-10k", "en")  # wher
 def with_others(task: str, events: list[Event], own: list[Question], tasks: Sequence[str],
                 rng: random.Random) -> list[Question]:
     """A task's own questions on a story, and behind them those of the others of `tasks` that it answers too,
-    in random order. Of the first eight up to three are theirs."""
+    in random order. Of the first eight three are theirs, or fewer if there are no more of them, or more if
+    there are fewer than five of its own."""
     others = [q for t in sorted(ALSO.get(task, set()) & set(tasks)) for q in TASKS[t].everything(events, rng)]
     rng.shuffle(others)                         # of none this draws nothing
     return own[:8 - min(3, len(others))] + others if others else own

@@ -93,7 +93,7 @@ class Builder:
               tasks: Sequence[str] = ()) -> tuple[list[str], list[babi.Question], Asides]:
         """Facts of a story of this part and questions on them: as bAbI asks (n_facts None), one; else
         everything that can be asked after n_facts facts, or after more where so few allow no question, also
-        by other `tasks`, and at so many earlier points some of what can be asked there."""
+        by other `tasks`, and at up to so many earlier points some of what can be asked there."""
         if self.stories is not None:
             return self.story_read(task, n_facts, rng)
         rules = babi.TASKS[task]
@@ -108,9 +108,9 @@ class Builder:
             texts = [e.text for e in events]
             if story_part(texts) == self.part:
                 break
-        points = sorted(1 + int(rng.random() * (len(events) - 1)) for _ in range(asides * (len(events) > 2)))
+        points = sorted({1 + int(rng.random() * (len(events) - 1)) for _ in range(asides * (len(events) > 2))})
         found = [(n, babi.with_others(task, events[:n], rules.everything(events[:n], rng), tasks, rng))
-                 for n in points]
+                 for n in points if story_part(texts[:n]) == self.part]     # so far it may be the other's
         return texts, questions, [(n, q) for n, qs in found for q in qs[:1 + int(rng.random() * len(qs))]]
 
     def story_read(self, task: str, n_facts: int | None, rng: random.Random

@@ -17,7 +17,7 @@ import torch
 
 from data import babi, babilong, background, bm25
 from data.babi import Question
-from data.babilong import Builder
+from data.babilong import Builder, story_part
 from data.document import Document, from_text, length_name, parse_length
 from data.tokenizer import load
 
@@ -386,6 +386,20 @@ def test_what_is_asked_along_the_way_is_answered_from_the_facts_before_it(tok, t
         last = doc.answers[-1][1]
         prose += "The " in tok.decode(doc.ids[doc.answers[0][1]:last])
     assert early > 100 and (prose > 40 or room == (0, 0))
+
+
+def test_no_point_along_the_way_is_asked_twice_nor_where_the_story_so_far_is_one_of_validation(train_set):
+    rng, points, share = random.Random(0), 0, [0, 0]
+    for _ in range(400):
+        texts, _, early = train_set.story("qa1", 4, rng, asides=3, tasks=["qa1"])
+        counts = [n for n, _ in early]
+        assert {story_part(texts[:n]) for n in counts} <= {"train"}
+        for n in set(counts):       # every actor is asked for once at a point
+            assert len({q.text for m, q in early if m == n}) == counts.count(n)
+        points += len(set(counts))
+        for n in range(1, len(texts)):
+            share[story_part(texts[:n]) == "val"] += 1
+    assert points > 500 and 0.05 < share[1] / sum(share) < 0.15      # there was something to leave out
 
 
 def test_puzzles_are_asked_at_their_end_alone(train_set):
