@@ -4,11 +4,13 @@
     python tests/ablation.py --rows default --seeds 0 --flags '--tokens 90000' --n 9
     python tests/ablation.py                            # all rows, three seeds: hours on two CPU cores
     python tests/ablation.py --rows "paper Eq. (6)" "no null" --seeds 0 1 2     # some of them
-    python tests/ablation.py --show                     # the table of what --out has
+    python tests/ablation.py --show --out assets/ablation.jsonl     # the table of the figures in README
 
-Appends a line of JSON for every run to --out (default out/ablation.jsonl) and skips runs that it has, then
-prints the table. A row is sizes of the model, flags of train.py, or a few lines of code in place of lm2.py's:
-read them as examples of how to change the model. pytest does not collect this file.
+Appends a line of JSON for every run to --out (default out/ablation.jsonl), skips runs that it has with the
+same flags, lengths and n, and prints the table of those. All rows take 8 M tokens and have the default's
+parameters to 0.3 % (wider MLPs make up for what a row lacks), but for those with other slots. A row is sizes
+of the model, flags of train.py, or a few lines of code in place of lm2.py's: read them as examples of how to
+change the model. pytest does not collect this file.
 """
 import json
 import math
@@ -32,7 +34,7 @@ import train  # noqa: E402
 from data.cli import Parser, one_line  # noqa: E402
 from data.device import keep_freed_memory  # noqa: E402
 from data.document import length_name, parse_length  # noqa: E402
-from data.metrics import exact_match  # noqa: E402
+from data.metrics import cells, wilson  # noqa: E402
 
 
 class PlainForget(lm2.Memory):
@@ -64,20 +66,37 @@ class SlotForget(lm2.Memory):
 class PaperCandidate(lm2.Memory):
     """The candidate is what the tokens read, tanh(E_mem), as in the paper: nothing of what they are."""
 
+    def __init__(self, cfg: lm2.LM2Config):
+        super().__init__(cfg)
+        del self.w_write
+
     def tokens(self, x: Tensor, trace: dict | None) -> tuple[Tensor, Tensor]:
         E = self.token_norm(x)
         return self.wq(E), torch.sigmoid(self.w_in(E))
 
-    def candidates(self, M: Tensor, K: Tensor, Q: Tensor, g_in: Tensor) -> Tensor:
+    def E_mem(self, M: Tensor, K: Tensor, Q: Tensor) -> Tensor:
+        """What the tokens of a segment read, (B, S, D)."""
         A = (self.heads(Q) @ self.heads(K).mT / self.width ** 0.5).softmax(dim=-1)      # (B, HM, S, N)
-        return g_in * torch.tanh((A @ self.heads(self.wv(self.slots(M)))).transpose(1, 2).flatten(-2))
+        return (A @ self.heads(self.wv(self.slots(M)))).transpose(1, 2).flatten(-2)
 
-    def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor, trace: dict | None) -> Tensor:
-        return super().write(M, K, Q, self.candidates(M, K, Q, c), trace)
+    def write(self, M: Tensor, K: Tensor, Q: Tensor, g_in: Tensor, trace: dict | None) -> Tensor:
+        return super().write(M, K, Q, g_in * torch.tanh(self.E_mem(M, K, Q)), trace)
+
+
+class PaperUpdate(PaperCandidate):
+    """g_in * tanh(E_mem) + g_forget * M with g_forget = sigmoid(E_mem w_forget), Eqs. (4) to (6) as printed,
+    but for what does not fit: T x d terms come to the N x d bank by R, which has no null."""
+
+    def write(self, M: Tensor, K: Tensor, Q: Tensor, g_in: Tensor, trace: dict | None) -> Tensor:
+        R = (self.heads(K) @ self.heads(Q).mT / self.width ** 0.5).softmax(dim=-1)      # (B, HM, N, S)
+        E_mem = self.E_mem(M, K, Q)                                                     # (B, S, D)
+        add, keep = ((R @ self.heads(x)).transpose(1, 2).flatten(-2)
+                     for x in (g_in * torch.tanh(E_mem), torch.sigmoid(self.w_forget(E_mem))))
+        return add + keep * M
 
 
 class OwnQuery(lm2.Memory):
-    """The write asks with a projection of its own, not with the read's query."""
+    """The write asks with a further projection of the read's query."""
 
     def __init__(self, cfg: lm2.LM2Config):
         super().__init__(cfg)
@@ -101,7 +120,7 @@ class MemoryLast(lm2.Block):
 
 
 class MemoryFirst(lm2.Block):
-    """Queries and candidates are made from the block's input, before self-attention."""
+    """Queries, input gates and candidates are made from the block's input, before self-attention."""
 
     def before(self, x: Tensor, turn: Tensor, cache: tuple | None, trace: dict | None) -> tuple:
         h, k, v = self.attention(self.attention_norm(x), turn, cache)
@@ -130,25 +149,26 @@ class Row:
 
 
 STAGES, NEVER = train.TrainConfig.stages, start("null", -math.inf)  # no slot declines: w is 1
+TOKENS = 8_000_000                      # of every run, in whatever stage it is then
 ROWS: dict[str, Row] = {
     "default": Row(),
-    "paper Eq. (6)": Row(memory=PaperCandidate, start=NEVER),   # where w is 1, M <- C + g_forget * M
-    "candidate tanh(E_mem)": Row(memory=PaperCandidate),
+    "paper Eqs. (4) to (6)": Row("--ffn_dim 197", memory=PaperUpdate),
+    "candidate tanh(E_mem)": Row("--ffn_dim 197", memory=PaperCandidate),
     "g_forget * M always": Row(memory=PlainForget),
     "the same, b_forget 3": Row(memory=PlainForget, start=start("w_forget", 3.0)),
     "no null": Row(start=NEVER),
     "null starts 2 higher": Row(start=start("null", 2.0)),
     "b_forget starts at 3": Row(start=start("w_forget", 3.0)),
     "b_out starts at -2": Row(start=start("w_out", -2.0)),
-    "one forget gate a slot": Row(memory=SlotForget),
-    "write with its own query": Row(memory=OwnQuery),
+    "one forget gate a slot": Row("--ffn_dim 197", memory=SlotForget),
+    "write: query projected": Row("--ffn_dim 155", memory=OwnQuery),
     "memory behind the MLP": Row(block=MemoryLast),
-    "query before attention": Row(block=MemoryFirst),
+    "tokens before attention": Row(block=MemoryFirst),
     "4 slots": Row("--n_slot 4"),
     "64 slots": Row("--n_slot 64"),
     "1 memory head": Row("--n_mem_head 1"),
-    "memory in 1 block of 3": Row("--n_mem_layer 1"),
-    "memory in 2 blocks of 3": Row("--n_mem_layer 2"),
+    "memory in 1 block of 3": Row("--n_mem_layer 1 --ffn_dim 277"),
+    "memory in 2 blocks of 3": Row("--n_mem_layer 2 --ffn_dim 226"),
     "up to 16 segments": Row(f"--stages '{STAGES.removesuffix(' 10:32')}'"),
     "up to 64 segments": Row(f"--stages '{STAGES} 10:64'"),
 }
@@ -165,36 +185,38 @@ def changed(row: Row) -> Iterator[None]:
         lm2.Memory, lm2.Block = was
 
 
-def run(name: str, seed: int, lengths: list[int], n: int, flags: list[str]) -> dict:
-    """Train a row and evaluate it: {"row", "seed", "minutes", "tokens", "n", "accuracy": {length: %}}."""
+def run(name: str, seed: int, lengths: list[int], n: int, flags: str) -> dict:
+    """Train a row and evaluate it: what stands in a line of --out, right answers of n by length."""
     row = ROWS[name]
     with tempfile.TemporaryDirectory() as folder, changed(row):
-        own = ["--out_dir", folder, "--seed", str(seed), *flags, *shlex.split(row.flags)]
-        t = train.Trainer(*train.read_flags(own))
+        own = shlex.split(f"--seed {seed} --tokens {TOKENS} --final_tokens {TOKENS} {flags} {row.flags}")
+        t = train.Trainer(*train.read_flags(["--out_dir", folder, *own]))
         try:
             if row.start:
                 row.start(t.model)  # helpers see it too: the weights are shared
             t.run()
         finally:
             t.close()
-        rows = t.evaluate(lengths, n, 0, ("on",))
-    hits = {length_name(x): [exact_match(r["target"], r["output"]) for r in rows if r["length"] == x]
-            for x in lengths}
-    return dict(row=name, seed=seed, minutes=round(t.seconds / 60, 1), tokens=t.tokens, n=n,
-                params=t.model.n_params()[0], accuracy={x: 100 * sum(h) / n for x, h in hits.items()})
+        found = {length_name(c["length"]): c for c in cells(t.evaluate(lengths, n, 0, ("on",)))}
+    counts = {key: {x: c[key] for x, c in found.items()} for key in ("exact", "floor")}
+    return dict(row=name, seed=seed, flags=flags, minutes=round(t.seconds / 60, 1), tokens=t.tokens, n=n,
+                params=t.model.n_params()[0], stage=str(t.stages[t.stage])) | counts
 
 
 def show(runs: list[dict]) -> str:
-    """A line a row: minutes of training and accuracy, medians of its seeds; all seeds at the last length."""
-    lengths = list(runs[0]["accuracy"])
-    lines = [f"{'':24} {'min':>5}" + "".join(f"{x:>7}" for x in lengths) + f"  seeds at {lengths[-1]}"]
+    """A line a row: right answers in %, medians of its seeds (of two the lower); all seeds at the last
+    length. Then the floor, and how sure the figures are."""
+    lengths, n = list(runs[0]["exact"]), runs[0]["n"]
+    lines = [f"{'% right':24}" + "".join(f"{x:>7}" for x in lengths) + f"   seeds at {lengths[-1]}"]
     for name in dict.fromkeys(r["row"] for r in runs):
         mine = sorted((r for r in runs if r["row"] == name), key=lambda r: r["seed"])
-        middle = [statistics.median(r["accuracy"][x] for r in mine) for x in lengths]
-        lines.append(f"{name:24} {statistics.median(r['minutes'] for r in mine):5.1f}"
-                     + "".join(f"{x:7.1f}" for x in middle)
-                     + "  " + " ".join(f"{r['accuracy'][lengths[-1]]:.1f}" for r in mine))
-    return "\n".join(lines)
+        middle = [100 * statistics.median_low(r["exact"][x] for r in mine) / n for x in lengths]
+        lines.append(f"{name:24}" + "".join(f"{x:7.1f}" for x in middle)
+                     + "   " + " ".join(f"{100 * r['exact'][lengths[-1]] / n:.1f}" for r in mine))
+    lines.append(f"{'floor':24}" + "".join(f"{100 * runs[0]['floor'][x] / n:7.1f}" for x in lengths))
+    sure = " and ".join(f"{50 * (high - low):.1f} at {100 * k / n:.0f}"
+                        for k in (n // 2, 9 * n // 10) for low, high in [wilson(k, n)])
+    return "\n".join([*lines, f"n = {n}; a figure's 95 % interval is {sure} % to each side"])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -210,17 +232,23 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     keep_freed_memory()
     with one_line("tests/ablation.py"):
-        out, lengths = Path(args.out), [parse_length(x) for x in args.lengths]
-        runs = [json.loads(x) for x in out.read_text(encoding="utf-8").splitlines()] if out.is_file() else []
+        out, lengths = Path(args.out), [parse_length(x) for x in dict.fromkeys(args.lengths)]
+        if args.n < 1 or out.is_dir():
+            raise ValueError(f"--out {out} is a folder: name a file" if args.n > 0 else
+                             f"--n {args.n} samples a length: give 1 or more")
+        lines = out.read_text(encoding="utf-8").splitlines() if out.is_file() else []
+        asked = args.flags, args.n, [length_name(x) for x in lengths]      # others make other figures
+        runs = [r for r in map(json.loads, lines) if (r["flags"], r["n"], list(r["exact"])) == asked]
         for seed in args.seeds if not args.show else ():
             for name in args.rows:
                 if (name, seed) not in [(r["row"], r["seed"]) for r in runs]:
-                    runs.append(run(name, seed, lengths, args.n, shlex.split(args.flags)))
+                    runs.append(run(name, seed, lengths, args.n, args.flags))
                     out.parent.mkdir(parents=True, exist_ok=True)
                     with open(out, "a", encoding="utf-8") as file:
                         file.write(json.dumps(runs[-1]) + "\n")
         if not runs:
-            raise ValueError(f"{out} has no figures yet: leave out --show")
+            raise ValueError(f"{out} has no figures with these --flags, --lengths and --n"
+                             + ": leave out --show" * args.show)
         print(show(runs))
 
 
