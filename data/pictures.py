@@ -1,7 +1,7 @@
 """Pictures: accuracy by length, the radar of task groups, what tokens read from the memory, what slots keep.
 
     python -m data.pictures accuracy assets/models.json --out assets/models.png
-    python -m data.pictures radar assets/ten.json --length 4k --out assets/radar.png
+    python -m data.pictures radar out/figures.json --length 4k --out radar.png
     python -m data.pictures read --ckpt out/ckpt.pt --seed 5 --out assets/read.png
     python -m data.pictures write --ckpt out/ckpt.pt --seed 5 --out assets/write.png
 

@@ -1,17 +1,19 @@
 """A table over seeds, in Markdown, from the counts that babilong_eval.py --figures wrote.
 
     python -m data.seeds assets/qa1.json                                  # every column
-    python -m data.seeds assets/qa1.json --columns "lm2 on" "rmt on" --which outside
+    python -m data.seeds assets/models.json --columns "lm2 on" "rmt on" --which outside
     python -m data.seeds assets/five.json --across lengths                # a line a task and model
 
 Writes nothing. A model evaluated as --ckpt lm2-0=... lm2-1=... is one column, "lm2 on", of seeds 0 and 1. A
-cell is the median of the seeds, its Wilson interval, and every seed's share in their order. Means over tasks
+cell is the median of the seeds (of an even number the lower of the middle two), Wilson's interval for that
+seed's samples, which says nothing of other seeds, and every seed's share in their order. Means over tasks
 appear where all of qa1-5 or qa1-10 were asked.
 """
 import json
 import statistics
 from pathlib import Path
 
+from data.babi import TASKS
 from data.cli import Parser, one_line
 from data.document import length_name
 from data.metrics import BLOCKS, GROUPS, column, percent, pooled, share
@@ -26,8 +28,10 @@ def load_figures(path: str) -> list[dict]:
         cells = json.loads(Path(path).read_bytes())["cells"]
         for number, c in enumerate(cells, 1):
             counts = [c[key] for key in ("exact", "floor", "official", "floor_official")]
+            far = [c[key] for key in ("outside_exact", "floor_outside", "outside_n")]
             seen.add((c["model"] + c["memory"] + c["task"], c["length"]))
-            if not 0 <= min(counts) <= max(counts) <= c["n"] > 0 <= c["length"] or len(seen) < number:
+            if (not 0 <= min(counts) <= max(counts) <= c["n"] > 0 <= c["length"] or len(seen) < number
+                    or not 0 <= min(far) <= max(far) == far[2] <= c["n"] or c["task"] not in TASKS):
                 raise ValueError
     except (ValueError, KeyError, TypeError):
         where = f"cell {number} is broken or there twice" if number else "that is none of its files"
@@ -86,24 +90,26 @@ def size(cells: list[dict], n_key: str) -> int:
     return sum(c[n_key] for c in cells)
 
 
-def cell(found: list[list[dict]], n_key: str, hits_key: str, n: int | None = None) -> str:
+def cell(found: list[list[dict]], keys: tuple[str, str, str], n: int | None = None) -> str:
     """"98.0 [95, 99] (97.0 98.0 98.0)"; one seed has no brackets behind, none at all is a dash. Where the
-    samples are not n, it says how many they are."""
+    samples are not n, it says how many they are, and their floor."""
     if not found:
         return "-"
+    n_key, hits_key, floor_key = keys
     shares = [share(cells, n_key, hits_key) for cells in found]
     most = middle(found, n_key, hits_key)
     text = percent(*pooled(most, n_key, hits_key)).replace(",", ", ")
     text += f" ({' '.join(f'{100 * s:.1f}' for s in shares)})" if len(shares) > 1 else ""
-    return text + (f", n = {size(most, n_key)}" if n not in (None, size(most, n_key)) else "")
+    few = f", n = {size(most, n_key)}, floor {100 * share(most, n_key, floor_key):.1f}"
+    return text + (few if n not in (None, size(most, n_key)) else "")
 
 
 def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "exact",
              across: str = "models") -> str:
     """The table: a line a task and length, or with `across` "lengths" a line a task and column, and one of
-    the best constant answer below the means, or the tasks without any; ValueError for a column that is not
-    there."""
-    _, n_key, hits_key, floor_key = BLOCKS[which]
+    the best constant answer below each task; ValueError for a column that is not there."""
+    _, *keys = BLOCKS[which]
+    n_key, _, floor_key = keys
     there = by_column(cells)
     columns = choose("--columns", columns, list(there))
     tasks = sorted({c["task"] for c in cells}, key=lambda task: int(task[2:]))
@@ -116,19 +122,23 @@ def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "
         if across == "models":
             for x, n in [(x, size(first[x], n_key)) for x in lengths if first[x]]:
                 rows.append([group, length_name(x), f"{n}", floors[x]]
-                            + [cell(found[name, x], n_key, hits_key, n) for name in columns])
-        else:
-            rows += [[group, name] + [cell(found[name, x], n_key, hits_key) for x in lengths]
+                            + [cell(found[name, x], keys, n) for name in columns])
+        else:       # a line's floor says what n is, where that is not the first task's
+            most = {x: size(first[x], n_key) for x in lengths if first[x]}
+            usual = {x: usual.get(x, n) for x, n in most.items()} if rows else most
+            rows += [[group, name] + [cell(found[name, x], keys, most.get(x)) for x in lengths]
                      for name in columns if any(found[name, x] for x in lengths)]
-            rows += [[group, "floor", *floors.values()]] * (len(members) > 1 or len(groups) == len(tasks))
-    head = (["task", "length", "n", "floor", *columns] if across == "models"
-            else ["task", "column", *map(length_name, lengths)])
+            rows.append([group, "floor", *(f + f", n = {most[x]}" * (most.get(x) not in (None, usual.get(x)))
+                                           for x, f in floors.items())])
+    head = (["task", "length", "n", "floor", *columns] if across == "models" else
+            ["task", "column", *(f"{length_name(x)}, n = {usual.get(x, 0)}" for x in lengths)])
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m data.seeds", __doc__.split("\n")[0])
-    parser.add_argument("figures", metavar="FILE", help="what babilong_eval.py --figures wrote")
+    parser.add_argument("figures", metavar="FILE", nargs="+",
+                        help="what babilong_eval.py --figures wrote; several make one table")
     parser.add_argument("--columns", nargs="+", help='such as "lm2 on" "lm2 off" (default all)')
     parser.add_argument("--which", default="exact", choices=("exact", "outside", "official"),
                         help="exact match; of facts outside the window; the benchmark's own metric "
@@ -137,7 +147,8 @@ def main(argv: list[str] | None = None) -> None:
                         help="what stands side by side (default models)")
     args = parser.parse_args(argv)
     with one_line("python -m data.seeds"):
-        print(markdown(load_figures(args.figures), args.columns, args.which, args.across))
+        cells = sum(map(load_figures, args.figures), [])
+        print(markdown(cells, args.columns, args.which, args.across))
 
 
 if __name__ == "__main__":

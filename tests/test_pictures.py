@@ -37,7 +37,8 @@ FACTS = ["Mary went to the kitchen.", "John moved to the garden."]
 def cell(column, task, length, hits, n=200, **other):
     model, memory = column.split()
     return dict(model=model, memory=memory, task=task, length=length, n=n, exact=hits, official=hits // 2,
-                floor=n // 5, floor_official=n // 4, outside_n=n, outside_exact=hits) | other
+                floor=n // 5, floor_official=n // 4, outside_n=n, outside_exact=hits,
+                floor_outside=n // 5) | other
 
 
 HITS = {"lm2 on": [200, 198, 150], "lm2 off": [190, 60, 0]}

@@ -36,7 +36,7 @@ def test_facts_outside_the_window_have_numbers_of_their_own():
 
 def test_with_the_lengths_side_by_side_a_line_is_a_task_and_a_column():
     assert seeds.markdown(CELLS, ["lm2 on", "full on"], across="lengths").split("\n") == [
-        "| task | column | 0k | 16k |", "| --- | --- | --- | --- |",
+        "| task | column | 0k, n = 200 | 16k, n = 200 |", "| --- | --- | --- | --- |",
         "| qa1 | lm2 on | 95.0 [91, 97] (98.0 90.0 95.0) | 75.0 [69, 80] |",
         "| qa1 | full on | 50.0 [43, 57] | - |", "| qa1 | floor | 20.0 | 20.0 |"]
 
@@ -47,12 +47,14 @@ def test_a_mean_over_tasks_is_as_certain_as_all_their_samples_and_wants_every_ta
     assert lines[-1] == ("| mean of qa1-5 | 0k | 1000 | 20.0 | 70.0 [67, 73] (70.0 75.0) | - |")
     assert len(lines) == 2 + 5 + 1 and lines[2].endswith("| 50.0 [43, 57] |")
     lines = seeds.markdown(five, across="lengths").split("\n")
-    assert len(lines) == 2 + 5 + 2 and lines[-1] == "| mean of qa1-5 | floor | 20.0 |"
+    assert len(lines) == 2 + 2 * 5 + 2 and lines[-1] == "| mean of qa1-5 | floor | 20.0, n = 1000 |"
+    assert lines[0] == "| task | column | 0k, n = 200 |" and lines[3] == "| qa1 | floor | 20.0 |"
 
 
-def test_a_column_with_fewer_samples_says_so():
-    few = made("rmt", 30) | dict(n=40)
-    assert seeds.markdown([CELLS[0], few]).endswith("| 98.0 [95, 99] | 75.0 [60, 86], n = 40 |")
+def test_a_column_with_fewer_samples_says_so_and_has_a_floor_of_its_own():
+    few = made("rmt", 30) | dict(n=40, floor=10)
+    for across in "models", "lengths":
+        assert "| 75.0 [60, 86], n = 40, floor 25.0 |" in seeds.markdown([CELLS[0], few], across=across)
 
 
 def test_the_command_prints_the_table_and_names_what_is_not_there(tmp_path, capsys):
@@ -60,5 +62,13 @@ def test_the_command_prints_the_table_and_names_what_is_not_there(tmp_path, caps
     file.write_text(json.dumps(dict(cells=CELLS)))
     seeds.main([str(file), "--columns", "lm2 off"])
     assert capsys.readouterr().out.split("\n")[0] == "| task | length | n | floor | lm2 off |"
+    more = tmp_path / "more.json"
+    more.write_text(json.dumps(dict(cells=[made("rmt-0", 100)])))
+    seeds.main([str(file), str(more), "--columns", "lm2 off", "rmt on"])
+    assert capsys.readouterr().out.split("\n")[2] == "| qa1 | 0k | 200 | 20.0 | 20.0 [15, 26] | 50.0 [43, 57] |"
+    wrong = tmp_path / "wrong.json"
+    for change in dict(task="foo"), dict(outside_exact=3), dict(floor_outside=None):
+        wrong.write_text(json.dumps(dict(cells=[CELLS[0] | change])))
+        assert "wrong.json" in refused(capsys, seeds.main, str(wrong))
     for flags, named in ([str(file), "--columns", "rmt on"], "rmt on"), ([str(tmp_path / "no.json")], "no.json"):
         assert named in refused(capsys, seeds.main, *flags)
