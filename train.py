@@ -29,7 +29,7 @@ from data.babilong import Builder
 from data.batches import Batch, Batches, Maker, Stage
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.cli import Parser, one_line
-from data.device import bfloat16_layers, keep_freed_memory, pick_device
+from data.device import bfloat16_layers, check_compiler, keep_freed_memory, pick_device
 from data.document import length_name, parse_length
 from data.helpers import Helpers
 from data.metrics import cells, exact_match, table
@@ -132,9 +132,10 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     resume = given.pop("resume")
     own = {f.name for f in fields(TrainConfig)}
-    c = TrainConfig(**knobs(given.get("recipe"), given.get("preset"))
+    sizes = {k: v for k, v in given.items() if k not in own}
+    c = TrainConfig(**knobs(given.get("recipe"), given.get("preset"), sizes)
                     | {k: v for k, v in given.items() if k in own})
-    sizes = PRESETS[c.preset] | {k: v for k, v in given.items() if k not in own}
+    sizes = PRESETS[c.preset] | sizes
     return c, sizes, resume, given
 
 
@@ -201,6 +202,8 @@ class Trainer:
             torch.manual_seed(c.seed)
             self.model = LM2(LM2Config(**sizes | dict(vocab_size=self.tokenizer.n_vocab)))
         self.c, self.device = c, pick_device(c.device)
+        if c.compile:
+            check_compiler(self.device)
         self.stages = [Stage.parse(s, self.model.cfg.segment_len) for s in c.stages.split()]
         if not self.stages:
             raise ValueError("--stages is empty: give facts:segments, once or more")
@@ -392,7 +395,8 @@ class Trainer:
     def report(self) -> None:
         """Accuracy against length, printed and written beside the checkpoint."""
         c = self.c
-        rows = self.evaluate(self.table_lengths, c.table_n, 0, ("on", "off"), show=True)
+        modes = ("on",) if self.model.cfg.kind == "llama" else ("on", "off")    # it has nothing to switch off
+        rows = self.evaluate(self.table_lengths, c.table_n, 0, modes, show=True)
         save(rows, self.ckpt.with_name("table.jsonl"))
         print(table(cells(rows)))
 

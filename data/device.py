@@ -1,10 +1,11 @@
 """What the machine has: the device, the memory used, and how freed memory is treated.
 
-    from data.device import pick_device, bfloat16_layers, peak_memory, keep_freed_memory
+    from data.device import pick_device, check_compiler, bfloat16_layers, peak_memory, keep_freed_memory
 
 Writes nothing.
 """
 import ctypes
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,13 @@ def pick_device(name: str) -> torch.device:
         return device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError):
         raise ValueError(f"--device {name!r} is not on this machine: give cpu, cuda or auto") from None
+
+
+def check_compiler(device: torch.device) -> None:
+    """ValueError where torch.compile has no C++ compiler for a CPU."""
+    name = dict(darwin="clang++", win32="cl").get(sys.platform, "g++")
+    if device.type == "cpu" and shutil.which(name) is None:
+        raise ValueError(f"--compile finds no C++ compiler here: install {name} or leave it out")
 
 
 def bfloat16_layers(model: nn.Module) -> None:

@@ -7,6 +7,9 @@ its documents are one segment (window) or whole (full attention). Tokens and lea
 """
 
 
+from lm2 import PRESETS, LM2Config
+
+
 def each(stages: str, tasks: str) -> str:
     """The stages, each with the same tasks."""
     return " ".join(f"{stage}@{tasks}" for stage in stages.split())
@@ -23,7 +26,8 @@ RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, "llama" 
     "qa1": {            # minutes on two CPU cores: train.py's defaults
         "": dict(preset="cpu"),
         "llama": dict(stages="2:0 4:0 10:0 10:1", **QA1),
-        "full": dict(stages="2:0 4:0 10:0 10:1:128 10:2:128 10:4:128 10:8:128 10:16:128", whole=True, **QA1)},
+        "full": dict(stages="2:0 4:0 10:0 10:1:128 10:2:128 10:4:128 10:8:128 10:16:128", whole=True,
+                     table_lengths="0k 1k 2k 4k", table_n=100, **QA1)},
     "qa1-5": {          # hours
         "": dict(preset="cpu-hours", tasks="qa1 qa2 qa3 qa4 qa5", tokens=90_000_000, decay=0.55, lr=1.4e-3,
                  leave_plain_at=0.93, plain=0.4, asides=4, batch_tokens=8192, eval_every=8_000_000, **ALL,
@@ -31,7 +35,8 @@ RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, "llama" 
                         f"{each('8:4:32 30:0 30:8:64 100:8', FIVE)} {RELATIONS} 100:8@{LATE}"),
         "llama": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 30:1', FIVE)} 2:0@qa4 100:1@{LATE}"),
         "full": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 30:4:128', FIVE)} 2:0@qa4 "
-                            f"2:16:64@qa4 100:8:128@{LATE}", whole=True)},
+                            f"2:16:64@qa4 100:8:128@{LATE}", whole=True,
+                     table_lengths="0k 1k 2k 4k", table_n=100)},
     "qa1-10": {         # for one GPU
         "": dict(preset="gpu", tasks=" ".join(f"qa{i}" for i in range(1, 11)), tokens=600_000_000,
                  final_tokens=150_000_000, batch_size=64, batch_tokens=65536, accumulate=1, stage_steps=3000,
@@ -41,11 +46,13 @@ RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, "llama" 
 }
 
 
-def knobs(recipe: str | None, preset: str | None) -> dict:
-    """What a recipe (None: the one that the preset is made for), and in it a preset's kind of model, changes
-    in TrainConfig's defaults; ValueError for an unknown recipe."""
+def knobs(recipe: str | None, preset: str | None, sizes: dict) -> dict:
+    """What a recipe (None: the one that the preset is made for), and in it the kind of model that preset and
+    `sizes` make, changes in TrainConfig's defaults; ValueError for an unknown recipe."""
     name = preset or ""
     recipe = recipe or {"gpu": "qa1-10"}.get(name, "qa1-5" if name.startswith("cpu-hours") else "qa1")
     if recipe not in RECIPES:
         raise ValueError(f"--recipe {recipe!r} is unknown: choose from {', '.join(RECIPES)}")
-    return dict(recipe=recipe) | RECIPES[recipe][""] | RECIPES[recipe].get(name.split("-")[-1], {})
+    made = dict(recipe=recipe) | RECIPES[recipe][""]
+    kind = LM2Config(**PRESETS.get(preset or made["preset"], {}) | sizes).kind
+    return made | RECIPES[recipe].get("full" if name.endswith("-full") and kind == "llama" else kind, {})

@@ -580,7 +580,7 @@ def test_every_recipe_has_stages_that_every_preset_can_run_and_flags_win_over_it
         stages = [Stage.parse(s, LM2Config(**sizes).segment_len) for s in c.stages.split()]
         assert {task for s in stages for task in s.tasks} <= set(c.tasks.split()) and c.lr == 0.5
         llama = LM2Config(**sizes).kind == "llama" and recipe != "qa1-10"
-        assert c.tokens == {"qa1": 8_000_000 if llama else 10_000_000, "qa1-5": 80_000_000,
+        assert c.tokens == {"qa1": 8_000_000 if llama else 10_000_000, "qa1-5": 90_000_000,
                             "qa1-10": 600_000_000}[recipe]
         assert c.final_tokens >= c.tokens or not llama          # its few stages do not end it early
         if llama and not c.whole:
@@ -589,6 +589,21 @@ def test_every_recipe_has_stages_that_every_preset_can_run_and_flags_win_over_it
     assert train.read_flags(["--preset", preset])[0].recipe == made_for
     c, sizes, _, _ = train.read_flags(["--recipe", made_for])
     assert preset.startswith(c.preset) and sizes == PRESETS[c.preset]
+
+
+@pytest.mark.parametrize("flags, kind", [([], "lm2"), (["--n_mem_layer", "0"], "llama"),
+                                         (["--n_mem_token", "8"], "rmt"), (["--preset", "cpu-llama"], "llama")])
+def test_a_recipe_follows_the_kind_of_model_however_it_is_asked_for(flags, kind):
+    c, sizes, _, _ = train.read_flags(flags)
+    assert LM2Config(**sizes).kind == kind
+    assert max(int(s.split(":")[1]) for s in c.stages.split()) == (1 if kind == "llama" else 32)
+    assert c.tokens == (8_000_000 if kind == "llama" else 10_000_000)
+
+
+def test_to_compile_without_a_compiler_is_refused_before_the_start(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    said = refused(capsys, train.main, *TINY, "--compile", "--out_dir", str(tmp_path / "new"))
+    assert "C++ compiler" in said and not (tmp_path / "new").exists()
 
 
 def test_only_batches_of_a_stages_most_segments_count_towards_leaving_it(folder, tmp_path, monkeypatch):
