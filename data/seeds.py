@@ -124,14 +124,14 @@ def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "
                 rows.append([group, length_name(x), f"{n}", floors[x]]
                             + [cell(found[name, x], keys, n) for name in columns])
         else:       # a line's floor says what n is, where that is not the first task's
-            most = {x: size(first[x], n_key) for x in lengths if first[x]}
-            usual = {x: usual.get(x, n) for x, n in most.items()} if rows else most
-            rows += [[group, name] + [cell(found[name, x], keys, most.get(x)) for x in lengths]
+            most = {x: size(first[x] or [], n_key) for x in lengths}
+            usual = usual if rows else most
+            rows += [[group, name] + [cell(found[name, x], keys, most[x]) for x in lengths]
                      for name in columns if any(found[name, x] for x in lengths)]
-            rows.append([group, "floor", *(f + f", n = {most[x]}" * (most.get(x) not in (None, usual.get(x)))
-                                           for x, f in floors.items())])
+            rows.append([group, "floor", *(f"{floors[x]}, n = {n}" if n not in (0, usual[x]) else floors[x]
+                                           for x, n in most.items())])
     head = (["task", "length", "n", "floor", *columns] if across == "models" else
-            ["task", "column", *(f"{length_name(x)}, n = {usual.get(x, 0)}" for x in lengths)])
+            ["task", "column", *(f"{length_name(x)}, n = {n}" for x, n in usual.items())])
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 

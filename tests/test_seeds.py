@@ -39,6 +39,9 @@ def test_with_the_lengths_side_by_side_a_line_is_a_task_and_a_column():
         "| task | column | 0k, n = 200 | 16k, n = 200 |", "| --- | --- | --- | --- |",
         "| qa1 | lm2 on | 95.0 [91, 97] (98.0 90.0 95.0) | 75.0 [69, 80] |",
         "| qa1 | full on | 50.0 [43, 57] | - |", "| qa1 | floor | 20.0 | 20.0 |"]
+    far = seeds.markdown(CELLS, ["lm2 on"], "outside", "lengths").split("\n")      # at 0k nothing is outside
+    assert far[0] == "| task | column | 0k, n = 0 | 16k, n = 100 |" and far[2:] == [
+        "| qa1 | lm2 on | - | 50.0 [40, 60] |", "| qa1 | floor | - | 50.0 |"]
 
 
 def test_a_mean_over_tasks_is_as_certain_as_all_their_samples_and_wants_every_task():
