@@ -1,6 +1,7 @@
 """Checkpoints: the model, its configuration and tokenizer, and what training needs to go on, in one file.
 
     model, tokenizer, content = load_checkpoint("out/ckpt.pt")
+    python -m data.checkpoint out/ckpt.pt small.pt      # the model alone in bfloat16, a sixth of the size
 
 Tensors and plain values only, so that loading one runs no code. Writes where it is told, all or nothing.
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from data.cli import Parser, one_line
 from data.tokenizer import Tokenizer
 from lm2 import LM2, LM2Config
 
@@ -80,3 +82,21 @@ def read_models(names: list[str], device: torch.device) -> dict[str, tuple[LM2, 
         digest = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
         models[name] = model, tokenizer, content, digest
     return models
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("python -m data.checkpoint", "Keep of a checkpoint what answering needs, in bfloat16.")
+    parser.add_argument("ckpt", metavar="FROM", help="checkpoint of train.py")
+    parser.add_argument("to", metavar="TO", help="file to write, which must not be there yet")
+    args = parser.parse_args(argv)
+    with one_line("python -m data.checkpoint"):
+        model, tokenizer, content = load_checkpoint(args.ckpt)
+        if Path(args.to).exists() or not Path(args.to).parent.is_dir():
+            raise ValueError(f"{args.to} is there already, or its folder is not: name a new file")
+        train = {k: v for k, v in content.get("train", {}).items() if k in ("tasks", "recipe", "seed")}
+        save_checkpoint(args.to, model.bfloat16(), tokenizer, train=train)
+        print(f"{args.to}: {Path(args.to).stat().st_size / 2**20:.1f} MiB of {model.n_params()[0]:,} parameters")
+
+
+if __name__ == "__main__":
+    main()

@@ -24,7 +24,7 @@ import torch
 import babilong_eval
 import sample
 import train
-from data import babi, babilong, predictions
+from data import babi, babilong, checkpoint, predictions
 from data.batches import Batches, Stage
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.device import peak_memory
@@ -647,6 +647,23 @@ def test_the_learning_rate_warms_up_and_ends_at_zero(schedule, step, done, rate)
 
 
 # Checkpoints
+
+def test_a_small_copy_answers_as_the_checkpoint_does_and_replaces_nothing(fit, tmp_path, capsys):
+    fit(tmp_path / "run", "--tokens", "100")
+    whole, small = tmp_path / "run" / "ckpt.pt", tmp_path / "small.pt"
+    checkpoint.main([str(whole), str(small)])
+    (model, _, _), (copied, tokenizer, content) = load_checkpoint(whole), load_checkpoint(small)
+    assert "MiB" in capsys.readouterr().out and small.stat().st_size < whole.stat().st_size / 2
+    for (name, p), q in zip(model.state_dict().items(), copied.state_dict().values()):
+        assert q.dtype == torch.float32 and (p - q).abs().max() <= 0.005 * p.abs().max(), name
+    assert content["train"]["tasks"] == "qa1" and tokenizer.n_vocab == 2048
+    before = small.read_bytes()
+    for flags in ([whole, small], [whole, tmp_path / "no" / "x.pt"], [tmp_path / "no.pt", tmp_path / "y.pt"]):
+        assert str(tmp_path) in refused(capsys, checkpoint.main, *flags)
+    assert small.read_bytes() == before
+    small.rename(whole)
+    assert "no training to resume" in refused(capsys, train.main, "--resume", "--out_dir", tmp_path / "run")
+
 
 def test_a_checkpoint_gives_back_weights_sizes_and_tokenizer(folder, tmp_path):
     trainer = advance(make(folder, tmp_path), 1)
