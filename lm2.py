@@ -247,7 +247,7 @@ class Memory(nn.Module):
         g_in = torch.sigmoid(self.w_in(E))                                      # Eq. (4), one gate a token
         if trace is not None:
             trace.update(g_in=g_in)
-        # differs from paper: tanh(E w_write), not tanh(E_mem), which holds nothing of the tokens
+        # differs from paper: tanh(E w_write), not tanh(E_mem), which only tells what slots they read
         return self.wq(E), g_in * torch.tanh(self.w_write(E))
 
     def slots(self, M: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class SlotForget(lm2.Memory):
 
 
 class PaperCandidate(lm2.Memory):
-    """The candidate is what the tokens read, tanh(E_mem), as in the paper: nothing of what they are."""
+    """The candidate is what a token read, tanh(E_mem), as in the paper: only which slots it was."""
 
     def __init__(self, cfg: lm2.LM2Config):
         super().__init__(cfg)
