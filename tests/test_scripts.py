@@ -266,7 +266,7 @@ def test_stopped_by_the_clock_and_resumed_by_the_flag_it_ends_as_a_run_in_one_go
 
 
 def test_a_run_in_bfloat16_says_so_and_ends_near_the_one_in_float32_in_helpers_too(fit, tmp_path):
-    flags = ["--tokens", "2000", "--stages", "2:0", "--accumulate", "2"]
+    flags = ["--tokens", "1000", "--stages", "2:0", "--accumulate", "2"]
     says, weights = {}, {}
     for name, more in dict(plain=[], one=["--bfloat16"], two=["--bfloat16", "--processes", "2"]).items():
         says[name] = fit(tmp_path / name, *flags, *more)
@@ -275,7 +275,7 @@ def test_a_run_in_bfloat16_says_so_and_ends_near_the_one_in_float32_in_helpers_t
         assert weights[name].dtype == torch.float32
     assert [", bfloat16, " in says[name] for name in says] == [False, True, True]
     assert torch.allclose(weights["one"], weights["two"], atol=1e-5)        # a helper in float32 is 1e-3 off
-    assert 1e-5 < (weights["one"] - weights["plain"]).norm() / weights["plain"].norm() < 0.05
+    assert 1e-6 < (weights["one"] - weights["plain"]).norm() / weights["plain"].norm() < 0.05
 
 
 def test_what_is_evaluated_and_for_how_long_may_change_on_resuming(folder, tmp_path):
