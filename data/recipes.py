@@ -5,8 +5,6 @@
 Writes nothing. A recipe is for LM2 and RMT. A Llama has nothing to carry facts from segment to segment, so
 its documents are one segment (window) or whole (full attention). Tokens and learning rates are the same.
 """
-
-
 from lm2 import PRESETS, LM2Config
 
 
@@ -19,6 +17,7 @@ FIRST, CARRY = "2:0@qa1 4:0@qa1 2:0@qa1,qa4,qa4,qa4", "4:2:32@qa1 4:3:32@qa1"
 FIVE = "qa1,qa2,qa2,qa3,qa3,qa4,qa5,qa5"    # those that are learned slowly come twice as often. Of qa4's few
 RELATIONS = "2:0@qa4 2:4:32@qa4 2:8:64@qa4 2:16:64@qa4"     # answers too little comes of that: late, when the
 LATE = "qa1,qa2,qa2,qa3,qa3,qa3,qa3,qa4,qa4,qa4,qa5,qa5,qa5"    # learning rate is low, it has its turn alone
+WHOLE = dict(whole=True, table_lengths="0k 1k 2k 4k", table_n=100)     # its long documents take long
 ALL = dict(final_tokens=90_000_000)     # a Llama's few stages end early, and its tokens shall be as many
 QA1 = ALL | dict(tokens=8_000_000)      # as LM2's, of whose three seeds this is the median
 
@@ -26,8 +25,7 @@ RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, "llama" 
     "qa1": {            # minutes on two CPU cores: train.py's defaults
         "": dict(preset="cpu"),
         "llama": dict(stages="2:0 4:0 10:0 10:1", **QA1),
-        "full": dict(stages="2:0 4:0 10:0 10:1:128 10:2:128 10:4:128 10:8:128 10:16:128", whole=True,
-                     table_lengths="0k 1k 2k 4k", table_n=100, **QA1)},
+        "full": dict(stages="2:0 4:0 10:0 10:1:128 10:2:128 10:4:128 10:8:128 10:16:128", **WHOLE, **QA1)},
     "qa1-5": {          # hours
         "": dict(preset="cpu-hours", tasks="qa1 qa2 qa3 qa4 qa5", tokens=90_000_000, decay=0.55, lr=1.4e-3,
                  leave_plain_at=0.93, plain=0.4, asides=4, batch_tokens=8192, eval_every=8_000_000, **ALL,
@@ -35,8 +33,7 @@ RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, "llama" 
                         f"{each('8:4:32 30:0 30:8:64 100:8', FIVE)} {RELATIONS} 100:8@{LATE}"),
         "llama": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 30:1', FIVE)} 2:0@qa4 100:1@{LATE}"),
         "full": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 30:4:128', FIVE)} 2:0@qa4 "
-                            f"2:16:64@qa4 100:8:128@{LATE}", whole=True,
-                     table_lengths="0k 1k 2k 4k", table_n=100)},
+                            f"2:16:64@qa4 100:8:128@{LATE}", **WHOLE)},
     "qa1-10": {         # for one GPU
         "": dict(preset="gpu", tasks=" ".join(f"qa{i}" for i in range(1, 11)), tokens=600_000_000,
                  final_tokens=150_000_000, batch_size=64, batch_tokens=65536, accumulate=1, stage_steps=3000,
