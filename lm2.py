@@ -307,7 +307,7 @@ class Block(nn.Module):
         self.attention_norm, self.ffn_norm = (RMSNorm(cfg.n_embd, cfg.norm_eps) for _ in range(2))
         self.attention, self.feed_forward = Attention(cfg), FeedForward(cfg)
         self.memory = Memory(cfg) if has_memory else None
-        self.fast = None        # before, memory.step and after, compiled
+        self.fast = None        # before, memory.step and after, compiled (data/device.py)
 
     def before(self, x: Tensor, turn: Tensor, cache: tuple | None, trace: dict | None) -> tuple:
         """x (R, T, D) -> x after self-attention, its keys and values, the memory's queries and candidates."""
@@ -371,18 +371,6 @@ class LM2(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of banks, angles and losses: the weights', but at least float32."""
         return torch.promote_types(self.norm.weight.dtype, torch.float32)
-
-    def compile(self, **options) -> None:
-        """Compile in place what whole segments pass through, with torch.compile's options: three graphs a
-        block, without breaks, shared by all blocks; the loop over segments stays outside, so that a longer
-        document needs no other graph. Open segments, and calls with a trace, run as they are. What nothing
-        has used may get a gradient of zeros instead of none."""
-        config = torch._dynamo.config  # graphs a function, beyond which it refuses: ours are few, but not 8
-        limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # PyTorch 2.6
-        setattr(config, limit, max(getattr(config, limit), 64))
-        for block in self.layers:
-            parts = block.before, block.memory and block.memory.step, block.after
-            block.fast = tuple(part and torch.compile(part, fullgraph=True, **options) for part in parts)
 
     @torch.no_grad()
     def init_weights(self):

@@ -29,10 +29,10 @@ from data.babilong import Builder
 from data.batches import Batch, Batches, Maker, Stage
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.cli import Parser, one_line
-from data.device import bfloat16_layers, check_compiler, keep_freed_memory, pick_device
+from data.device import bfloat16_layers, check_compiler, compile_blocks, keep_freed_memory, pick_device
 from data.document import length_name, parse_length
 from data.helpers import Helpers
-from data.metrics import cells, exact_match, table
+from data.metrics import cells, table
 from data.predictions import save
 from data.recipes import knobs
 from data.samples import check_cells, generated
@@ -62,9 +62,8 @@ class TrainConfig:
     leave_window: int = 16              # ... over so many of its latest steps, asked at log_every
     stage_steps: int = 1500             # ... or after so many steps
     lr: float = 2e-3                    # learning rate
-    schedule: str = "trapezoid"         # after the warm-up: trapezoid (constant, then linear to 0) or cosine
     warmup: int = 100                   # steps from learning rate 0 to lr
-    decay: float = 0.25                 # share of the tokens over which trapezoid goes to 0
+    decay: float = 0.25                 # ... and share of the tokens over which it falls to 0 at the end
     weight_decay: float = 0.1           # of matrices, AdamW
     beta2: float = 0.98                 # AdamW; beta1 is 0.9
     clip: float = 1.0                   # longest gradient, norm over all parameters
@@ -85,11 +84,9 @@ class TrainConfig:
     table_n: int = 200                  # samples a cell of that table
 
     def __post_init__(self):
-        for name in ("tokens", "final_tokens", "batch_size", "batch_tokens", "accumulate", "leave_window",
-                     "stage_steps", "log_every", "eval_every", "eval_n", "table_n"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
         for name, low, high in (
+                *((name, 1, math.inf) for name in "tokens final_tokens batch_size batch_tokens accumulate "
+                  "leave_window stage_steps log_every eval_every eval_n table_n".split()),
                 ("plain", 0, 1), ("leave_at", 0, 1), ("leave_plain_at", 0, 1), ("beta2", 0, 0.999999),
                 ("decay", 1e-9, 1), ("weight_decay", 0, math.inf), ("warmup", 0, math.inf),
                 ("lr", 1e-12, 1e3), ("clip", 1e-12, 1e12),
@@ -102,8 +99,6 @@ class TrainConfig:
             raise ValueError(f"--processes {self.processes} must divide --accumulate {self.accumulate}")
         if self.preset not in PRESETS:
             raise ValueError(f"--preset {self.preset!r} is unknown: choose from {', '.join(PRESETS)}")
-        if self.schedule not in ("trapezoid", "cosine"):
-            raise ValueError(f"--schedule {self.schedule!r} is unknown: choose trapezoid or cosine")
         if self.stories and not Path(self.stories).is_dir():  # one file would be both train and val
             raise ValueError(f"--stories {self.stories} is no folder: name one with _train and _test files")
         for task in self.tasks.split() or [""]:
@@ -112,12 +107,8 @@ class TrainConfig:
 
 
 def learning_rate(c: TrainConfig, step: int, done: float) -> float:
-    """At a step (from 0) and a share `done` of all tokens."""
-    if c.schedule == "cosine":
-        falling = 0.5 + 0.5 * math.cos(math.pi * min(1.0, done))
-    else:
-        falling = min(1.0, max(0.0, 1 - done) / c.decay)
-    return c.lr * min(1.0, (step + 1) / max(1, c.warmup)) * falling
+    """At a step (from 0) and a share `done` of all tokens: a trapezoid."""
+    return c.lr * min(1.0, (step + 1) / max(1, c.warmup)) * min(1.0, max(0.0, 1 - done) / c.decay)
 
 
 def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
@@ -171,7 +162,7 @@ def help_step(rank: int, model: LM2, order: tuple[Stage, int], maker: Maker, pro
     """A helper's share of a step: of its micro-batches every `processes`-th, from `rank` on."""
     stage, first = order
     if c.compile and model.layers[0].fast is None:
-        model.compile()
+        compile_blocks(model)
     mine = range(first + rank, first + c.accumulate, processes)
     tokens, longest, sums = add_gradients(model, (maker[stage, i][1] for i in mine), stage, len(mine), c,
                                           torch.device("cpu"))
@@ -245,7 +236,7 @@ class Trainer:
         self.helpers = Helpers(self.model, self.processes - 1, help_step, (maker, self.processes, c))
         torch.set_num_threads(self.threads[1])
         if c.compile:
-            self.model.compile()
+            compile_blocks(self.model)
         self.pending: list[tuple] = []  # of each step since the last line: numbers still on the device
         out.mkdir(parents=True, exist_ok=True)
         path, kept = out / "metrics.jsonl", []
@@ -336,11 +327,8 @@ class Trainer:
     def validate(self) -> dict:
         """Exact match on a fixed set of benchmark samples, the same every time."""
         lengths = [x for x in self.table_lengths if x <= 4000] or self.table_lengths[:1]
-        hits: dict[str, list[bool]] = {}
-        for r in self.evaluate(lengths, self.c.eval_n, -1, ("on",)):
-            cell = hits.setdefault(f"{r['task']} {length_name(r['length'])}", [])
-            cell.append(exact_match(r["target"], r["output"]))
-        return {cell: round(sum(h) / len(h), 4) for cell, h in hits.items()}
+        found = cells(self.evaluate(lengths, self.c.eval_n, -1, ("on",)))
+        return {f"{c['task']} {length_name(c['length'])}": round(c["exact"] / c["n"], 4) for c in found}
 
     def evaluate(self, lengths: list[int], n: int, seed: int, modes: tuple, show: bool = False) -> list[dict]:
         samples, work = generated(self.val_set, seed), [(t, x, n) for t in self.tasks for x in lengths]

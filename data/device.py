@@ -1,6 +1,6 @@
 """What the machine has: the device, the memory used, and how freed memory is treated.
 
-    from data.device import pick_device, check_compiler, bfloat16_layers, peak_memory, keep_freed_memory
+    from data.device import pick_device, compile_blocks, bfloat16_layers, peak_memory, keep_freed_memory
 
 Writes nothing.
 """
@@ -33,6 +33,19 @@ def check_compiler(device: torch.device) -> None:
     name = dict(darwin="clang++", win32="cl").get(sys.platform, "g++")
     if device.type == "cpu" and shutil.which(name) is None:
         raise ValueError(f"--compile finds no C++ compiler here: install {name} or leave it out")
+
+
+def compile_blocks(model: nn.Module, **options) -> None:
+    """Compile in place what whole segments of an LM2 pass through, with torch.compile's options: three graphs
+    a block, without breaks, shared by all blocks; the loop over segments stays outside, so that a longer
+    document needs no other graph. Open segments, and calls with a trace, run as they are. What nothing has
+    used may get a gradient of zeros instead of none."""
+    config = torch._dynamo.config  # graphs a function, beyond which it refuses: ours are few, but not 8
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # PyTorch 2.6
+    setattr(config, limit, max(getattr(config, limit), 64))
+    for block in model.layers:
+        parts = block.before, block.memory and block.memory.step, block.after
+        block.fast = tuple(part and torch.compile(part, fullgraph=True, **options) for part in parts)
 
 
 def bfloat16_layers(model: nn.Module) -> None:

@@ -30,7 +30,7 @@ RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, "llama" 
         "": dict(preset="cpu-hours", tasks="qa1 qa2 qa3 qa4 qa5", tokens=90_000_000, decay=0.55, lr=1.4e-3,
                  leave_plain_at=0.93, plain=0.4, asides=4, batch_tokens=8192, eval_every=8_000_000, **ALL,
                  stages=f"{FIRST} {each('4:0 8:0', FIVE)} {CARRY} "
-                        f"{each('8:4:32 30:0 30:8:64 100:8', FIVE)} {RELATIONS} 100:8@{LATE}"),
+                        f"{each('8:4:32 30:0 30:8:64 100:16', FIVE)} {RELATIONS} 100:32@{LATE}"),
         "llama": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 30:1', FIVE)} 2:0@qa4 100:1@{LATE}"),
         "full": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 30:4:128', FIVE)} 2:0@qa4 "
                             f"2:16:64@qa4 100:8:128@{LATE}", **WHOLE)},

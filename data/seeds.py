@@ -51,12 +51,16 @@ def choose(flag: str, asked: list[str] | None, there: list[str]) -> list[str]:
 
 
 def by_column(cells: list[dict]) -> dict[str, Seeds]:
-    """column -> its seeds' cells; the column's name is the model's without "-SEED"."""
+    """column -> its seeds' cells; the column's name is the model's without "-SEED". ValueError for a cell that
+    is there twice."""
     columns: dict[str, Seeds] = {}
     for c in cells:
         name, _, seed = c["model"].rpartition("-")
         name = column(c | dict(model=name if seed.isdecimal() and name else c["model"]))
-        columns.setdefault(name, {}).setdefault(c["model"], {})[c["task"], c["length"]] = c
+        mine, key = columns.setdefault(name, {}).setdefault(c["model"], {}), (c["task"], c["length"])
+        if key in mine:
+            raise ValueError(f"{column(c)!r} has {key[0]} at {length_name(key[1])} in two files: name one of them")
+        mine[key] = c
     return columns
 
 

@@ -37,7 +37,7 @@ import train  # noqa: E402
 from data.babilong import Builder  # noqa: E402
 from data.batches import Maker, Stage  # noqa: E402
 from data.cli import Parser, one_line, save_json  # noqa: E402
-from data.device import keep_freed_memory, peak_memory, pick_device  # noqa: E402
+from data.device import compile_blocks, keep_freed_memory, peak_memory, pick_device  # noqa: E402
 from data.document import length_name  # noqa: E402
 from data.tokenizer import load  # noqa: E402
 from lm2 import LM2, PRESETS, LM2Config  # noqa: E402
@@ -61,7 +61,7 @@ class Setup:
     rows: int                           # B
     tokens: int                         # T
     rounds: int                         # of each measurement
-    compile: bool                       # training steps of model.compile()
+    compile: bool                       # training steps of compiled blocks
     quick: bool                         # tiny sizes
 
     @property
@@ -201,7 +201,7 @@ def warm_up(s: Setup, found: dict) -> tuple[dict, dict]:
     if s.compile:
         torch.compiler.reset()  # what an earlier part compiled counts towards the limit of recompilations
         for model, _ in found.values():
-            model.compile()
+            compile_blocks(model)
     steps = {name: step for name, (_, step) in found.items()}
     return steps, {name: sum(t) for name, t in s.alternate(steps, 2).items()}
 

@@ -21,7 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import reference  # noqa: E402
 from data.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
-from data.device import bfloat16_layers  # noqa: E402
+from data.device import bfloat16_layers, compile_blocks  # noqa: E402
 from data.tokenizer import load  # noqa: E402
 from lm2 import LM2, PRESETS, LM2Config, turn_table  # noqa: E402
 
@@ -671,7 +671,7 @@ def compiled():
     model = build(dtype=torch.float32)
     fast = copy.deepcopy(model)
     counters.clear()
-    fast.compile(backend="aot_eager")
+    compile_blocks(fast, backend="aot_eager")
     yield model, fast
     torch.compiler.reset()
 
@@ -746,7 +746,7 @@ def test_compiled_to_machine_code_a_document_has_the_same_logits():
     torch.compiler.reset()
     model = build(dtype=torch.float32, n_layer=1)
     fast, idx = copy.deepcopy(model), text(2, 2 * S)
-    fast.compile()                              # one block, no gradients: a kernel takes a second to compile
+    compile_blocks(fast)                        # one block, no gradients: a kernel takes a second to compile
     near(fast(idx)[0], model(idx)[0], 1e-5)
     torch.compiler.reset()
 

@@ -633,16 +633,11 @@ def test_the_stage_decides_facts_segments_and_their_length(folder, tmp_path, mon
     assert set(facts) == {2, 3, 4}
 
 
-@pytest.mark.parametrize("schedule, step, done, rate", [
-    ("trapezoid", 0, 0.0, 0.1), ("trapezoid", 4, 0.0, 0.5), ("trapezoid", 9, 0.01, 1.0),
-    ("trapezoid", 100, 0.5, 1.0),
-    ("trapezoid", 100, 0.8, 1.0), ("trapezoid", 100, 0.9, 0.5), ("trapezoid", 100, 1.0, 0.0),
-    ("trapezoid", 100, 1.1, 0.0),
-    ("cosine", 0, 0.0, 0.1), ("cosine", 9, 0.0, 1.0), ("cosine", 100, 0.25, 0.853553),
-    ("cosine", 100, 0.5, 0.5),
-    ("cosine", 100, 1.0, 0.0), ("cosine", 100, 1.1, 0.0)])
-def test_the_learning_rate_warms_up_and_ends_at_zero(schedule, step, done, rate):
-    c = train.TrainConfig(lr=1.0, warmup=10, decay=0.2, schedule=schedule)
+@pytest.mark.parametrize("step, done, rate", [
+    (0, 0.0, 0.1), (4, 0.0, 0.5), (9, 0.01, 1.0), (100, 0.5, 1.0), (100, 0.8, 1.0), (100, 0.9, 0.5),
+    (100, 1.0, 0.0), (100, 1.1, 0.0)])
+def test_the_learning_rate_warms_up_and_ends_at_zero(step, done, rate):
+    c = train.TrainConfig(lr=1.0, warmup=10, decay=0.2)
     assert train.learning_rate(c, step, done) == pytest.approx(rate, abs=1e-6)
 
 
@@ -831,7 +826,6 @@ def test_a_temperature_gives_the_same_words_for_the_same_seed_and_others_for_ano
     (["--batch_size", "-1"], "batch_size -1"),
     (["--tasks", "qa99"], "qa99"), (["--tasks", ""], "tasks"), (["--preset", "huge"], "huge"),
     (["--recipe", "qa0"], "qa0"),
-    (["--schedule", "linear"], "linear"),
     (["--decay", "0"], "decay 0"), (["--plain", "1.5"], "1.5"),
     (["--n_head", "3", "--n_kv_head", "3"], "n_head 3"),
     (["--n_mem_head", "5"], "n_mem_head 5"), (["--n_layer", "0"], "n_layer is 0"),

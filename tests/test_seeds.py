@@ -73,5 +73,6 @@ def test_the_command_prints_the_table_and_names_what_is_not_there(tmp_path, caps
     for change in dict(task="foo"), dict(outside_exact=3), dict(floor_outside=None):
         wrong.write_text(json.dumps(dict(cells=[CELLS[0] | change])))
         assert "wrong.json" in refused(capsys, seeds.main, str(wrong))
-    for flags, named in ([str(file), "--columns", "rmt on"], "rmt on"), ([str(tmp_path / "no.json")], "no.json"):
+    for flags, named in (([str(file), "--columns", "rmt on"], "rmt on"), ([str(tmp_path / "no.json")], "no.json"),
+                         ([str(file), str(more), str(more)], "'rmt-0 on' has qa1 at 0k in two files")):
         assert named in refused(capsys, seeds.main, *flags)
