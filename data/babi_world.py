@@ -246,5 +246,6 @@ WORLD = {  # the order of the actors is that in which a gift looks for its taker
                  partial(is_in, rooms=TOWN), choose=True),
     "qa11": Task("basic-coreference", partial(roam, again=True), where),
     "qa12": Task("conjunction", partial(roam, party=2), where, topics=("actor", "other")),
-    "qa13": Task("compound-coreference", partial(roam, party=2, again=True), where, topics=("actor", "other")),
+    "qa13": Task("compound-coreference", partial(roam, party=2, again=True), where,
+                 topics=("actor", "other")),
 }
