@@ -35,13 +35,12 @@ from data.predictions import MODES, Predictions, load
 from data.published import published_table
 from data.samples import Downloaded, Samples, check_cells, generated
 from data.tokenizer import Tokenizer
-from lm2 import LM2, BlockState, LM2State
+from lm2 import LM2, LM2State
 
 
 def of_rows(state: LM2State, rows: list[int]) -> LM2State:
     """The state of some rows of a batch, in that order."""
-    return LM2State([BlockState(**{name: None if t is None else t[rows] for name, t in vars(b).items()})
-                     for b in state.blocks], None if state.mem is None else state.mem[rows], state.fill)
+    return state.map(lambda t: t[rows])
 
 
 @torch.no_grad()
@@ -245,7 +244,7 @@ def run(args) -> None:
     device, counts = pick_device(args.device), read_lengths(args.lengths, args.n)
     models = read_models(args.ckpt, device)
     model, tokenizer, content, _ = next(iter(models.values()))
-    tasks = list(dict.fromkeys(args.tasks or content.get("train", dict(tasks="qa1"))["tasks"].split()))
+    tasks = list(dict.fromkeys(args.tasks or content.get("train", {}).get("tasks", "qa1").split()))
     out = Path(args.out or name_and_path(args.ckpt[0])[1].with_name("predictions.jsonl"))
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out {out} is a folder or in none: name a file in a folder that is there")
@@ -287,7 +286,9 @@ def run(args) -> None:
         left = [(task, length, sum(any((name, task, length, i, m) not in predictions.done for m in args.modes)
                                    for i in range(n))) for task, length, n in work]
         left = [cell for cell in left if cell[2]]
-        most = math.inf if args.source == "babilong" else 64_000    # published lengths are those of the files
+        most = 64_000   # published lengths are those of the files
+        if args.source == "babilong":
+            most = max((x for x in counts if 0 < x <= most), default=math.inf)
         seconds += forecast(model, tokenizer, sources[tokenizer.ranks][0], left, args.modes, args.rag,
                             args.max_tokens, most)
     print(f"this will take about {seconds / 60:.1f} minutes", flush=True)

@@ -22,7 +22,7 @@ Where the paper is silent or its shapes do not fit, a comment says `paper silent
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 import torch.nn as nn
@@ -75,7 +75,7 @@ class LM2Config:
         if self.n_mem_layer and self.n_slot > self.n_embd:
             raise ValueError(f"n_slot {self.n_slot} is more than n_embd {self.n_embd}: the identity has no "
                              "more rows, and slots that start alike stay alike")
-        if not (self.rope_theta > 0 <= self.norm_eps):
+        if not (self.rope_theta > 0 < self.norm_eps):
             raise ValueError(f"rope_theta {self.rope_theta} and norm_eps {self.norm_eps} must be above 0")
         want = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
         if self.rope_scaling is not None and (missing := want - set(self.rope_scaling)):
@@ -124,18 +124,14 @@ class LM2State:
     def segment_len(self) -> int:
         return self.blocks[0].k.shape[1] - 2 * (0 if self.mem is None else self.mem.shape[1])
 
-    def tensors(self) -> list[Tensor]:
-        return [t for t in (*(t for b in self.blocks for t in vars(b).values()), self.mem) if t is not None]
+    def map(self, f: Callable[[Tensor], Tensor]) -> "LM2State":
+        """The same state with f of every tensor: cut off from the graph, or some rows of the batch."""
+        cut = [BlockState(**{n: t if t is None else f(t) for n, t in vars(b).items()}) for b in self.blocks]
+        return LM2State(cut, self.mem if self.mem is None else f(self.mem), self.fill)
 
     def detach(self) -> "LM2State":
-        """The same state cut off from the graph: for truncated back-propagation, the caller's decision."""
-        cut = [BlockState(**{n: None if t is None else t.detach() for n, t in vars(b).items()})
-               for b in self.blocks]
-        return replace(self, blocks=cut, mem=None if self.mem is None else self.mem.detach())
-
-    def nbytes(self) -> int:
-        """Bytes of all tensors carried, the same after any number of tokens."""
-        return sum(t.numel() * t.element_size() for t in self.tensors())
+        """For truncated back-propagation, the caller's decision."""
+        return self.map(Tensor.detach)
 
 
 class RMSNorm(nn.Module):
@@ -192,8 +188,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.width = cfg.n_head, cfg.n_kv_head, cfg.n_embd // cfg.n_head
         self.wq = nn.Linear(cfg.n_embd, cfg.n_head * self.width, bias=False)
-        self.wk = nn.Linear(cfg.n_embd, cfg.n_kv_head * self.width, bias=False)
-        self.wv = nn.Linear(cfg.n_embd, cfg.n_kv_head * self.width, bias=False)
+        self.wk, self.wv = (nn.Linear(cfg.n_embd, cfg.n_kv_head * self.width, bias=False) for _ in range(2))
         self.wo = nn.Linear(cfg.n_head * self.width, cfg.n_embd, bias=False)
 
     def forward(self, x: Tensor, turn: Tensor, cache: tuple | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,18 +219,12 @@ class Memory(nn.Module):
     def __init__(self, cfg: LM2Config):
         super().__init__()
         D = cfg.n_embd
-        self.n_head, self.n_slot, self.width = cfg.n_mem_head, cfg.n_slot, D // cfg.n_mem_head
+        self.n_head, self.width = cfg.n_mem_head, D // cfg.n_mem_head
         self.token_norm, self.bank_norm = RMSNorm(D, cfg.norm_eps), RMSNorm(D, cfg.norm_eps)
         self.wq, self.wk, self.wv, self.w_write = (nn.Linear(D, D, bias=False) for _ in range(4))
         self.w_out, self.w_in, self.w_forget = (nn.Linear(D, D, bias=True) for _ in range(3))
         # paper silent: a slot may decline a segment; with S equal scores about 0.4 of it stays unwritten.
         self.null = nn.Parameter(torch.full((cfg.n_mem_head,), math.log(cfg.segment_len) - 0.5))
-
-    def initial_bank(self, batch: int) -> Tensor:
-        """M_0 (B, N, D): the first N rows of the identity, constant; float32 (float64 in a float64 model)."""
-        dtype = torch.promote_types(self.null.dtype, torch.float32)  # differs from paper: N x d x d there
-        return torch.eye(self.n_slot, self.null.numel() * self.width, dtype=dtype,
-                         device=self.null.device).repeat(batch, 1, 1)
 
     def heads(self, x: Tensor) -> Tensor:
         """(R, n, D) -> (R, HM, n, D/HM)"""
@@ -244,7 +233,7 @@ class Memory(nn.Module):
     def tokens(self, x: Tensor, trace: dict | None) -> tuple[Tensor, Tensor]:
         """The token side: x (R, T, D) -> queries and gated candidates, each (R, T, D)."""
         E = self.token_norm(x)                    # paper silent: the query is the stream after self-attention
-        g_in = torch.sigmoid(self.w_in(E))                                      # Eq. (4), one gate a token
+        g_in = torch.sigmoid(self.w_in(E))                                      # Eq. (4), a token, a channel
         if trace is not None:
             trace.update(g_in=g_in)
         # differs from paper: tanh(E w_write), not tanh(E_mem), which only tells what slots they read
@@ -271,7 +260,7 @@ class Memory(nn.Module):
         R = torch.cat((scores, null), dim=-1).softmax(dim=-1, dtype=M.dtype)          # (B, HM, N, S+1)
         # differs from paper: Eq. (6) adds T x d to a bank of N x d; R, the read turned round, maps T to N
         C = (R[..., :-1].to(c.dtype) @ self.heads(c)).transpose(1, 2)           # (B, N, HM, D/HM)
-        g_forget = torch.sigmoid(self.w_forget(C.flatten(-2))).view_as(C).to(M.dtype)      # Eq. (5), per slot
+        g_forget = torch.sigmoid(self.w_forget(C.flatten(-2))).view_as(C).to(M.dtype)     # Eq. (5), slot, channel
         w = 1 - R[..., -1:].transpose(1, 2).to(M.dtype)                         # (B, N, HM, 1) share written
         # differs from paper: forgetting in proportion to w, so what no segment concerns is kept exactly
         M = C.to(M.dtype) + (1 - w * (1 - g_forget)) * M.view_as(C)             # Eq. (6)
@@ -381,37 +370,34 @@ class LM2(nn.Module):
                 p.normal_(std=p.shape[1] ** -0.5 * ((2 * self.cfg.n_layer) ** -0.5 if into_stream else 1))
             elif name.endswith("bias"):
                 p.fill_(1.0 if "w_forget" in name else 0.0)            # forget gates start open at sigmoid(1)
-        # an input of unit size keeps its identity through the first blocks; a tied table must start as a head
-        self.tok_embeddings.weight.normal_(std=0.02 if self.cfg.tie_embeddings else 1.0)
+        self.tok_embeddings.weight.normal_()  # an input of unit size keeps its identity in the first blocks
         if self.mem_tokens is not None:
             self.mem_tokens.normal_()  # of the size of what takes its place, behind the last norm
-        if not self.cfg.tie_embeddings:
-            self.output.weight.normal_(std=0.02)
+        self.output.weight.normal_(std=0.02)  # last: a tied table must start as a head
 
     def initial_state(self, batch: int, segment_len: int | None = None) -> LM2State:
-        """The state before any token: empty caches, banks at M_0. Training may shorten `segment_len`."""
+        """The state before any token: empty caches, banks at M_0, rows of the identity, constant, in at least
+        float32. Training may shorten `segment_len`."""
         c, S = self.cfg, self.cfg.segment_len if segment_len is None else segment_len
         if not 1 <= S <= c.segment_len:
             raise ValueError(f"segment_len {S} must lie between 1 and the model's {c.segment_len}")
         new, K = self.norm.weight.new_zeros, c.n_mem_token
         kv = batch, S + 2 * K, c.n_kv_head, c.n_embd // c.n_head
-        blocks = [BlockState(k=new(kv), v=new(kv)) if b.memory is None else
-                  BlockState(new(kv), new(kv), b.memory.initial_bank(batch), *(
+        M = torch.eye(c.n_slot, c.n_embd, dtype=self.dtype, device=self.norm.weight.device)  # M_0 (N, D);
+        blocks = [BlockState(k=new(kv), v=new(kv)) if b.memory is None else    # differs from paper: N x d x d
+                  BlockState(new(kv), new(kv), M.repeat(batch, 1, 1), *(
                       new(batch, n, c.n_embd) for n in (c.n_slot, c.n_slot, S, S))) for b in self.layers]
         return LM2State(blocks, None if self.mem_tokens is None else self.mem_tokens.expand(batch, -1, -1))
 
     def check_state(self, state: LM2State, rows: int, segment_len: int | None) -> None:
-        c = self.cfg
-        kv = rows, state.segment_len + 2 * c.n_mem_token, c.n_kv_head, c.n_embd // c.n_head
-        bank = rows, c.n_slot, c.n_embd
-        want = [(kv, bank if layer.memory else None) for layer in self.layers]
+        c, S = self.cfg, state.segment_len
+        kv = rows, S + 2 * c.n_mem_token, c.n_kv_head, c.n_embd // c.n_head
+        want = [(kv, (rows, c.n_slot, c.n_embd) if layer.memory else None) for layer in self.layers]
         have = [(tuple(b.k.shape), None if b.bank is None else tuple(b.bank.shape)) for b in state.blocks]
-        if want != have or state.segment_len > c.segment_len:
-            raise ValueError(f"the state is not of this model and {rows} rows: {have[0]} a block, "
-                             f"not {want[0]}")
-        if segment_len not in (None, state.segment_len):
-            raise ValueError(f"segment_len {segment_len} with a state of {state.segment_len}: "
-                             "a document keeps its own")
+        if want != have or S > c.segment_len:
+            raise ValueError(f"the state is not of this model and {rows} rows: {have[0]}, not {want[0]}")
+        if segment_len not in (None, S):
+            raise ValueError(f"segment_len {segment_len} with a state of {S}: a document keeps its own")
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, state: LM2State | None = None, *,
                 keep: str | Tensor = "all", segment_len: int | None = None, write: bool = True,
@@ -430,8 +416,7 @@ class LM2(nn.Module):
         if idx.ndim != 2 or idx.dtype != torch.int64 or idx.shape[1] < 1:
             raise ValueError(f"idx must be (B, T) int64 with T >= 1, not {tuple(idx.shape)} {idx.dtype}")
         if targets is not None and targets.shape != idx.shape:
-            raise ValueError(f"targets are {tuple(targets.shape)}, idx is {tuple(idx.shape)}: "
-                             "they must be of one shape")
+            raise ValueError(f"targets are {tuple(targets.shape)}, not {tuple(idx.shape)} as idx")
         if isinstance(keep, str) and keep not in ("all", "last", *["targets"] * (targets is not None)):
             raise ValueError(f"keep is {keep!r}: it must be 'all', 'last' or, with targets, 'targets'")
         state = state or self.initial_state(idx.shape[0], segment_len)  # paper silent: reset a document
@@ -443,17 +428,16 @@ class LM2(nn.Module):
         run = partial(checkpoint, use_reentrant=False) if recompute else lambda block, *args: block(*args)
         while start < T:  # pieces: the rest of the open segment, all whole segments at once, what is left
             n = min(T - start, S - fill) if fill or K else (T - start) // S * S or T - start
-            piece, before, behind = x[:, start:start + n], 0, 0
+            piece, before, behind = x[:, start:start + n], K * (fill == 0), K * (write and fill + n == S)
             if K:  # an RMT's segment: memory, tokens, and the memory again, which ends up as the next one
-                before, behind = K * (fill == 0), K * (write and fill + n == S)
                 piece = torch.cat((mem[:, :before], piece, mem[:, :behind]), dim=1)
             at = fill + K if fill else 0
             turn = turns[at:at + min(piece.shape[1], S + 2 * K)]     # positions restart in every segment
             for i, block in enumerate(self.layers):
-                note = None if trace is None else dict(layer=i, start=start)
-                piece, blocks[i] = run(block, piece, blocks[i], at, state.owned, turn, write, note)
                 if trace is not None:
-                    trace.append(note)
+                    trace.append(dict(layer=i, start=start))
+                note = trace and trace[-1]
+                piece, blocks[i] = run(block, piece, blocks[i], at, state.owned, turn, write, note)
             out.append(piece[:, before:before + n])
             mem = self.norm(piece[:, -behind:]) if behind else mem
             start, fill = start + n, (fill + n) % S
@@ -474,13 +458,10 @@ class LM2(nn.Module):
              ) -> tuple[Tensor, LM2State]:
         """Read a document of any length at constant memory, by segments: idx (B, T) -> last logits (B, V)."""
         state = state or self.initial_state(idx.shape[0])
-        start, step = 0, max(1, tokens_a_call // (idx.shape[0] * state.segment_len)) * state.segment_len
-        while True:  # at least one call: it refuses an empty idx
-            stop = start + step - state.fill
-            logits, _, state = self(idx[:, start:stop], state=state, keep="last", write=write)
-            start = stop
-            if start >= idx.shape[1]:
-                return logits[:, -1], state
+        step = max(1, tokens_a_call // (idx.shape[0] * state.segment_len)) * state.segment_len
+        for at in range(-state.fill, max(1, idx.shape[1]), step):  # once at least: it refuses an empty idx
+            logits, _, state = self(idx[:, max(0, at):at + step], state=state, keep="last", write=write)
+        return logits[:, -1], state
 
     @torch.no_grad()
     def stream(self, idx: Tensor, max_new_tokens: int, temperature: float = 0.0,

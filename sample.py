@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
                         "they become single spaces, as in the training text (default off)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     args = parser.parse_args(argv)
-    if args.max_new_tokens < 0 or args.temperature < 0:
+    if args.max_new_tokens < 0 or not args.temperature >= 0:
         parser.error(f"--max_new_tokens {args.max_new_tokens} and --temperature {args.temperature} "
                      "must not be negative")
     with one_line("sample.py"):

@@ -111,31 +111,23 @@ def learning_rate(c: TrainConfig, step: int, done: float) -> float:
     return c.lr * min(1.0, (step + 1) / max(1, c.warmup)) * min(1.0, max(0.0, 1 - done) / c.decay)
 
 
+ANEW = ("out_dir minutes device threads processes workers compile bfloat16 recompute eval_every eval_n "
+        "table_lengths table_n").split()
+
+
 def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
     """(training configuration, model sizes, whether to resume, flags given); ValueError for bad values."""
     parser = Parser("train.py", __doc__.split("\n")[0])
-    parser.add_argument("--resume", action="store_true",
-                        help="go on from out_dir/ckpt.pt with its configuration; only out_dir, minutes, "
-                             "device, threads, processes, workers, compile, bfloat16, recompute, "
-                             "eval_*, table_* may be given anew (default off)")
+    parser.add_argument("--resume", action="store_true", help="go on from out_dir/ckpt.pt with its "
+                        f"configuration; only {', '.join(ANEW)} may be given anew (default off)")
     parser.add_fields(TrainConfig)
     parser.add_fields(LM2Config, skip=("vocab_size", "rope_scaling"), shown=PRESETS["cpu"])
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     resume = given.pop("resume")
-    own = {f.name for f in fields(TrainConfig)}
+    own = {f.name: given[f.name] for f in fields(TrainConfig) if f.name in given}
     sizes = {k: v for k, v in given.items() if k not in own}
-    c = TrainConfig(**knobs(given.get("recipe"), given.get("preset"), sizes)
-                    | {k: v for k, v in given.items() if k in own})
-    sizes = PRESETS[c.preset] | sizes
-    return c, sizes, resume, given
-
-
-ANEW = set("out_dir minutes device threads processes workers compile bfloat16 recompute eval_every eval_n "
-           "table_lengths table_n".split())
-
-
-def uses_bfloat16(c: TrainConfig, device: torch.device) -> bool:
-    return device.type == "cuda" if c.bfloat16 is None else c.bfloat16
+    c = TrainConfig(**knobs(given.get("recipe"), given.get("preset"), sizes) | own)
+    return c, PRESETS[c.preset] | sizes, resume, given
 
 
 def add_gradients(model: LM2, batches: Iterator[Batch], stage: Stage, n: int, c: TrainConfig,
@@ -148,7 +140,7 @@ def add_gradients(model: LM2, batches: Iterator[Batch], stage: Stage, n: int, c:
         tokens, asked = tokens + batch.idx.numel(), int(batch.words.sum())      # on the host
         segment_len = batch.idx.shape[1] if c.whole else stage.segment_len
         batch = batch.to(device)
-        with torch.autocast("cuda", torch.bfloat16, device.type == "cuda" and uses_bfloat16(c, device)):
+        with torch.autocast("cuda", torch.bfloat16, device.type == "cuda" and c.bfloat16 is not False):
             logits, loss, _ = model(batch.idx, batch.targets, keep=batch.keep,
                                     segment_len=segment_len, recompute=c.recompute)
         (loss / c.accumulate).backward()
@@ -173,17 +165,15 @@ class Trainer:
     """A run: what `save` writes is all that it needs to go on bit for bit."""
 
     def __init__(self, c: TrainConfig, sizes: dict, resume: bool, given: dict):
-        out = Path(c.out_dir)
-        self.ckpt = out / "ckpt.pt"
+        self.ckpt = Path(c.out_dir, "ckpt.pt")
         if resume:
-            if fixed := sorted(set(given) - ANEW):
+            if fixed := sorted(set(given) - set(ANEW)):
                 raise ValueError(f"--resume takes --{fixed[0]} from the checkpoint: leave that flag out")
             self.model, self.tokenizer, saved = load_checkpoint(self.ckpt)
             if not {"train", "optimizer", "recent", "progress"} <= set(saved):
                 raise ValueError(f"{self.ckpt} holds a model but no training to resume")
-            anew = dict(minutes=None) | given  # the time limit was that of the earlier call
-            try:
-                c = TrainConfig(**saved["train"] | anew)
+            try:  # the time limit was that of the earlier call
+                c = TrainConfig(**saved["train"] | dict(minutes=None) | given)
             except TypeError as error:
                 raise ValueError(f"{self.ckpt} does not fit this code: {error}") from None
         elif self.ckpt.exists():
@@ -198,6 +188,9 @@ class Trainer:
         self.stages = [Stage.parse(s, self.model.cfg.segment_len) for s in c.stages.split()]
         if not self.stages:
             raise ValueError("--stages is empty: give facts:segments, once or more")
+        most = max(stage.segments * stage.segment_len for stage in self.stages)
+        if c.whole and most > self.model.cfg.segment_len:
+            raise ValueError(f"--whole: --stages has documents of {most} tokens, give --segment_len {most} or more")
         self.tasks = list(dict.fromkeys(c.tasks.split()))
         if wrong := [task for stage in self.stages for task in stage.tasks if task not in self.tasks]:
             raise ValueError(f"--stages: {wrong[0]!r} is not among --tasks {c.tasks!r}")
@@ -210,39 +203,37 @@ class Trainer:
         for task in self.tasks:
             self.train_set.story(task, 2, random.Random(0))  # what is wrong with files shows before the start
         self.model.to(self.device)
-        if self.device.type == "cpu" and uses_bfloat16(c, self.device):
+        if self.device.type == "cpu" and c.bfloat16:
             bfloat16_layers(self.model)
         self.optimizer = torch.optim.AdamW(self.model.optimizer_groups(c.weight_decay), lr=c.lr,
                                            betas=(0.9, c.beta2), fused=True)
         self.step = self.tokens = self.stage = self.stage_step = 0
-        self.stopped = False
-        self.end = c.tokens
+        self.stopped, self.end = False, c.tokens
         self.seconds, self.recent = 0.0, deque(maxlen=c.leave_window)
         self.aim()
         if resume:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step, self.tokens, self.end, self.stage, self.stage_step, self.seconds = saved["progress"]
             self.recent.extend(saved["recent"])
-        cuda, workers = self.device.type == "cuda", c.workers
+        cuda = self.device.type == "cuda"
         if cuda and given.get("processes", 1) > 1:
             raise ValueError(f"--processes {c.processes} share a CPU's work: leave it out on a GPU")
-        fit = c.processes or (threads if c.accumulate % threads == 0 else 1)
-        self.processes = 1 if cuda else fit
+        self.processes = 1 if cuda else c.processes or (threads if c.accumulate % threads == 0 else 1)
         self.threads = threads, 1 if self.processes > 1 else threads  # to evaluate; to train
         maker = Maker(self.train_set, tuple(self.tasks), c.batch_size, c.batch_tokens, c.plain, c.asides,
                       c.seed, c.accumulate)
         self.batches = Batches(maker, self.stages[self.stage], self.step * c.accumulate,
-                               4 * cuda if workers is None else workers, cuda, self.processes)
+                               4 * cuda if c.workers is None else c.workers, cuda, self.processes)
         self.helpers = Helpers(self.model, self.processes - 1, help_step, (maker, self.processes, c))
         torch.set_num_threads(self.threads[1])
         if c.compile:
             compile_blocks(self.model)
         self.pending: list[tuple] = []  # of each step since the last line: numbers still on the device
-        out.mkdir(parents=True, exist_ok=True)
-        path, kept = out / "metrics.jsonl", []
+        self.ckpt.parent.mkdir(parents=True, exist_ok=True)
+        path, kept = self.ckpt.with_name("metrics.jsonl"), []
         if resume and path.is_file():  # a run that was killed logged steps that are taken again now
             kept = [x for x in path.read_text(encoding="utf-8").splitlines(True)
-                    if x.endswith("}\n") and json.loads(x)["step"] <= self.step]
+                    if x.endswith("}\n") and json.loads(x).get("step", math.inf) <= self.step]
         self.metrics = open(path, "w", encoding="utf-8")
         self.metrics.writelines(kept)
 
@@ -332,17 +323,18 @@ class Trainer:
 
     def evaluate(self, lengths: list[int], n: int, seed: int, modes: tuple, show: bool = False) -> list[dict]:
         samples, work = generated(self.val_set, seed), [(t, x, n) for t in self.tasks for x in lengths]
+        before = torch.get_num_threads()
         torch.set_num_threads(self.threads[0])  # the helpers wait meanwhile
         rows = sum(evaluate(self.model, self.tokenizer, samples, work, modes,
                             name=self.model.cfg.kind, show=show), [])
-        torch.set_num_threads(self.threads[1])
+        torch.set_num_threads(before)
         return rows
 
     def run(self) -> None:
         c, began, before = self.c, time.perf_counter(), self.seconds
         bar = tqdm(total=c.tokens, initial=self.tokens, unit="tok", unit_scale=True, disable=None,
                    smoothing=0.05)
-        validated, rates, logged = self.tokens // c.eval_every, [], (self.tokens, self.seconds)
+        validated, rates = self.tokens // c.eval_every, []
         while True:
             self.seconds = before + time.perf_counter() - began
             last = (self.tokens >= self.end
@@ -357,21 +349,21 @@ class Trainer:
                                 lr=f"{numbers['lr']:.1e}", stage=f"{self.stage + 1}/{len(self.stages)}")
                 if self.step % c.log_every == 0 and (line := self.next_stage()):
                     tqdm.write(line)
-                logged = self.tokens, before + time.perf_counter() - began
             if due:
+                self.save()  # first: who asks twice for an end does not wait for the validation
                 validated = self.tokens // c.eval_every
-                if not last:
+                if not last and not self.stopped:
                     right = self.validate()
                     self.log(validation=right)
                     tqdm.write(f"{self.seconds:5.0f} s, {self.tokens / 1e6:4.1f} M tokens: validation "
                                + ", ".join(f"{cell} {100 * x:.0f} %" for cell, x in right.items()))
-                    logged = self.tokens, before + time.perf_counter() - began
-                self.save()
             if last:
                 break
             if self.stopped:
                 self.save()
                 raise KeyboardInterrupt
+            if not self.pending:  # a line was written: the next one's rate counts from here
+                logged = self.tokens, before + time.perf_counter() - began
             start = self.tokens
             self.train_step()
             bar.update(self.tokens - start)
@@ -382,9 +374,8 @@ class Trainer:
 
     def report(self) -> None:
         """Accuracy against length, printed and written beside the checkpoint."""
-        c = self.c
         modes = ("on",) if self.model.cfg.kind == "llama" else ("on", "off")    # it has nothing to switch off
-        rows = self.evaluate(self.table_lengths, c.table_n, 0, modes, show=True)
+        rows = self.evaluate(self.table_lengths, self.c.table_n, 0, modes, show=True)
         save(rows, self.ckpt.with_name("table.jsonl"))
         print(table(cells(rows)))
 
@@ -395,10 +386,11 @@ def main(argv: list[str] | None = None) -> None:
         t = Trainer(*read_flags(argv))
         total, memory = t.model.n_params()
         cuda = t.device.type == "cuda"
+        bfloat16 = cuda if t.c.bfloat16 is None else t.c.bfloat16
         why = "asked for" if t.c.device != "auto" else "found" if cuda else "no CUDA device here"
         print(t.c, t.model.cfg, sep="\n")
         print(f"{total:,} parameters, {memory:,} of them memory",
-              f"{t.device} ({why}), {'bfloat16' if uses_bfloat16(t.c, t.device) else 'float32'}, "
+              f"{t.device} ({why}), {'bfloat16' if bfloat16 else 'float32'}, "
               + (f"{t.processes} processes of one thread" if t.processes > 1 else f"{t.threads[1]} threads"),
               f"{len(t.train_set.prose):,} tokens of background to train on, {len(t.val_set.prose):,} to "
               f"validate, {t.train_set.chars_per_token:.2f} characters a token",

@@ -7,6 +7,7 @@ Writes nothing. A batch is a function of the seed, its number and the stage, so 
 many, and a resumed run see the same ones.
 """
 import random
+import signal
 import time
 from dataclasses import dataclass
 from typing import Iterator, NamedTuple
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from data.babi import TASKS
 from data.babilong import Builder
 from data.cli import Parser, one_line
 from data.tokenizer import load
@@ -104,6 +106,11 @@ class Maker:
         return key, Batch(*map(torch.from_numpy, (idx, targets, keep, words)), segments == stage.segments)
 
 
+def quiet(_: int) -> None:
+    """Of a worker: Ctrl-C is for the first process, which ends the workers when it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def as_it_is(item):
     """DataLoader's own conversion would turn tuples into lists."""
     return item
@@ -119,7 +126,7 @@ class Batches:
         self.stage, self.number, self.every = stage, number, every  # number: of the next batch to come out
         self.given = number                         # of the next one to be ordered
         self.loader = iter(DataLoader(maker, batch_size=None, sampler=self.orders(), num_workers=workers,
-                                      pin_memory=pin, collate_fn=as_it_is,
+                                      pin_memory=pin, collate_fn=as_it_is, worker_init_fn=quiet,
                                       prefetch_factor=4 if workers else None))
 
     def orders(self) -> Iterator[tuple[Stage, int]]:
@@ -148,6 +155,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_line("python -m data.batches"):
         stage = Stage.parse(args.stage, 128)
+        if wrong := [task for task in (*args.tasks, *stage.tasks) if task not in TASKS]:
+            raise ValueError(f"task {wrong[0]!r} is unknown: choose from {' '.join(TASKS)}")
+        if args.n < 1:
+            raise ValueError(f"--n {args.n} must be at least 1")
         maker = Maker(Builder(load(), "train"), tuple(args.tasks), 32, 32768, 0.1, 3, 0)
         batches, tokens = Batches(maker, stage, workers=args.workers), 0
         next(batches)

@@ -29,10 +29,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def check_compiler(device: torch.device) -> None:
-    """ValueError where torch.compile has no C++ compiler for a CPU."""
-    name = dict(darwin="clang++", win32="cl").get(sys.platform, "g++")
-    if device.type == "cpu" and shutil.which(name) is None:
-        raise ValueError(f"--compile finds no C++ compiler here: install {name} or leave it out")
+    """ValueError where torch.compile has no compiler: one of C++ for a CPU, of C for a GPU's launches."""
+    gpu = ("cl",) if sys.platform == "win32" else ("gcc", "clang")
+    names = gpu if device.type == "cuda" else (dict(darwin="clang++", win32="cl").get(sys.platform, "g++"),)
+    if not any(map(shutil.which, names)):
+        raise ValueError(f"--compile finds no C or C++ compiler here: install {names[0]} or give --no-compile")
 
 
 def compile_blocks(model: nn.Module, **options) -> None:

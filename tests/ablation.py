@@ -3,8 +3,9 @@
     # a minute: it runs, it learns nothing
     python tests/ablation.py --rows default --seeds 0 --flags '--tokens 90000' --n 9
     python tests/ablation.py                            # all rows, three seeds: hours on two CPU cores
-    python tests/ablation.py --rows "paper Eq. (6)" "no null" --seeds 0 1 2     # some of them
-    python tests/ablation.py --show --out assets/ablation.jsonl     # the table of the figures in README
+    python tests/ablation.py --rows "paper Eqs. (4) to (6)" "no null" --seeds 0 1 2     # some of them
+    # the table of the figures in README
+    python tests/ablation.py --show --out assets/ablation.jsonl --flags '--threads 1 --eval_n 2'
 
 Appends a line of JSON for every run to --out (default out/ablation.jsonl), skips runs that it has with the
 same flags, lengths and n, and prints the table of those. All rows take 8 M tokens and have the default's
@@ -131,7 +132,7 @@ def start(name: str, value: float) -> Callable[[lm2.LM2], None]:
     """Where all entries of a gate's bias (or the null, relative to what it is) start."""
     def change(model: lm2.LM2) -> None:
         with torch.no_grad():
-            for block in model.layers:
+            for block in filter(lambda block: block.memory, model.layers):
                 if name == "null":
                     block.memory.null.add_(value)
                 else:
@@ -238,7 +239,10 @@ def main(argv: list[str] | None = None) -> None:
                              f"--n {args.n} samples a length: give 1 or more")
         lines = out.read_text(encoding="utf-8").splitlines() if out.is_file() else []
         asked = args.flags, args.n, [length_name(x) for x in lengths]      # others make other figures
-        runs = [r for r in map(json.loads, lines) if (r["flags"], r["n"], list(r["exact"])) == asked]
+        try:
+            runs = [r for r in map(json.loads, lines) if (r["flags"], r["n"], list(r["exact"])) == asked]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{out} holds no figures of this script: name another") from None
         for seed in args.seeds if not args.show else ():
             for name in args.rows:
                 if (name, seed) not in [(r["row"], r["seed"]) for r in runs]:

@@ -124,3 +124,7 @@ def test_a_table_without_figures_and_an_unknown_row_end_in_one_line(tmp_path, ca
     assert "no such row" in refused(capsys, ablation.main, "--rows", "no such row")
     assert "--n 0" in refused(capsys, ablation.main, "--n", "0")
     assert str(tmp_path) in refused(capsys, ablation.main, "--out", tmp_path)
+    other = tmp_path / "metrics.jsonl"
+    for text in '{"step": 1}\n', '{"row": "def':
+        other.write_text(text)
+        assert "metrics.jsonl holds no figures" in refused(capsys, ablation.main, "--show", "--out", other)

@@ -3,8 +3,10 @@
     python -m pytest tests/test_batches.py -q
 """
 import itertools
+import os
 import pickle
 import re
+import signal
 
 import pytest
 import torch
@@ -212,6 +214,17 @@ def test_a_maker_can_be_sent_to_a_worker_that_shares_no_memory(train_set, straig
     assert same(pickle.loads(pickle.dumps(maker(train_set, plain=0.2)))[LONG, 3][1], straight[3])
 
 
+def test_a_worker_leaves_ctrl_c_to_the_process_that_it_works_for(train_set):
+    made = Batches(maker(train_set), Stage(2, 0, 32), workers=1)
+    next(made)
+    (worker,) = made.loader._workers
+    os.kill(worker.pid, signal.SIGINT)
+    for _ in range(8):                          # more than are made ahead
+        next(made)
+    assert worker.is_alive()
+    made.loader = None
+
+
 # The command
 
 @pytest.mark.parametrize("workers", ["0", "1"])
@@ -224,7 +237,8 @@ def test_the_command_prints_how_fast_a_stage_is_made(train_set, monkeypatch, cap
 @pytest.mark.parametrize("flags, named", [
     (["--stage", "4"], "'4'"), (["--stage", "4:x"], "4:x"), (["--stage", "1:0"], "1:0"),
     (["--stage", "4:2:999"], "4:2:999"), (["--stage", "4:2:32:1"], "4:2:32:1"), (["--nope"], "--nope"),
-    (["--workers", "few"], "few")])
+    (["--workers", "few"], "few"), (["--tasks", "qa99"], "qa99"), (["--stage", "4:2@qa98"], "qa98"),
+    (["--n", "0"], "--n 0")])
 def test_the_command_names_a_flag_that_cannot_be(train_set, monkeypatch, capsys, flags, named):
     monkeypatch.setattr(batches, "Builder", lambda *_: train_set)
     assert named in refused(capsys, batches.main, *flags)

@@ -60,8 +60,18 @@ def feed(model, idx, sizes, state=None, **options):
     return torch.cat(out, dim=1), state
 
 
+def tensors(state):
+    found = []
+    state.map(lambda t: found.append(t) or t)
+    return found
+
+
+def nbytes(state):
+    return sum(t.numel() * t.element_size() for t in tensors(state))
+
+
 def copies(state):
-    return [t.detach().clone() for t in state.tensors()]
+    return [t.detach().clone() for t in tensors(state)]
 
 
 def same(a, b):
@@ -312,13 +322,13 @@ def test_the_state_has_the_same_bytes_after_a_thousand_and_after_two_hundred_tho
     idx = text(1, 200_064, vocab=7)
 
     def held(state):  # what the allocator holds, should a small view keep a large buffer alive
-        storages = [t.untyped_storage() for t in state.tensors()]
+        storages = [t.untyped_storage() for t in tensors(state)]
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
     start = model.initial_state(1)
     _, early = model.read(idx[:, :1001], tokens_a_call=2048)
     _, late = model.read(idx[:, 1001:], early, tokens_a_call=2048)
-    assert start.nbytes() == early.nbytes() == late.nbytes() == held(early) == held(late)
+    assert nbytes(start) == nbytes(early) == nbytes(late) == held(early) == held(late)
     assert early.fill == 1001 % 128 and late.fill == 0 and all(b.bank.isfinite().all() for b in late.blocks)
 
 
@@ -632,7 +642,7 @@ def test_shorter_segments_on_request_are_those_of_a_model_made_for_them():
     idx = text(2, 11)
     logits, _, state = model(idx, segment_len=3)
     near(logits, short(idx)[0], 1e-12)
-    assert state.segment_len == 3 and state.nbytes() == short.initial_state(2).nbytes()
+    assert state.segment_len == 3 and nbytes(state) == nbytes(short.initial_state(2))
     near(model(idx[:, :4], state=state)[0], short(torch.cat([idx, idx[:, :4]], dim=1))[0][:, 11:])
 
 
@@ -652,7 +662,7 @@ def test_layers_that_multiply_in_bfloat16_leave_the_rest_in_float32_and_train_ne
     rounded = copy.deepcopy(model)
     bfloat16_layers(rounded)
     (logits, loss, _), (others, other, state) = (m(idx[:, :-1], idx[:, 1:]) for m in (model, rounded))
-    assert {x.dtype for x in (others, other, *state.tensors())} == {torch.float32}
+    assert {x.dtype for x in (others, other, *tensors(state))} == {torch.float32}
     assert not torch.equal(logits, others)
     near(others, logits, 0.15)
     loss.backward(), other.backward()
@@ -671,8 +681,11 @@ def compiled():
     model = build(dtype=torch.float32)
     fast = copy.deepcopy(model)
     counters.clear()
-    compile_blocks(fast, backend="aot_eager")
-    yield model, fast
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    with config.patch(**{limit: 2}):        # fewer than are needed: compile_blocks has to raise it
+        compile_blocks(fast, backend="aot_eager")
+        yield model, fast
     torch.compiler.reset()
 
 
@@ -682,10 +695,10 @@ def loss_of(model, segments, length, **options):
     return model(idx, targets, segment_len=length, **options)[:2]
 
 
-@pytest.mark.parametrize("length", [S, 3])
+@pytest.mark.parametrize("length, counts, more", [(S, (1, 2, 4), (3, 7)), (3, (2,), ())])
 def test_compiled_documents_have_the_logits_losses_and_gradients_of_others_in_graphs_without_breaks(
-        compiled, length):
-    for segments in (1, 2, 4):
+        compiled, length, counts, more):
+    for segments in counts:
         (logits, loss), (others, other) = (loss_of(model, segments, length) for model in compiled)
         near(others, logits, 1e-5)
         near(other, loss, 1e-5)
@@ -695,7 +708,7 @@ def test_compiled_documents_have_the_logits_losses_and_gradients_of_others_in_gr
             near(a, b, 1e-5)
     graphs = counters["stats"]["unique_graphs"]
     assert graphs >= 3 and not counters["graph_break"]
-    for segments in (3, 7):                     # no other graph: the loop over segments is outside
+    for segments in more:                       # no other graph: the loop over segments is outside
         loss_of(compiled[1], segments, length)[1].backward()
     assert counters["stats"]["unique_graphs"] == graphs
 
@@ -729,16 +742,6 @@ def test_a_compiled_model_has_its_names_and_decodes_token_by_token_and_with_a_tr
     assert torch.equal(fast.generate(prompt, 2 * S), model.generate(prompt, 2 * S))
 
 
-def test_compiled_it_trains_and_evaluates_documents_of_many_shapes_in_turn(compiled):
-    """A graph or two for each: more of one function than torch.compile makes unasked."""
-    for length, rows, segments in ((S, 1, 4), (3, 1, 1)):
-        for grad in (True, False):
-            idx = text(rows, segments * length)
-            with torch.set_grad_enabled(grad):
-                logits, others = (model(idx, segment_len=length)[0] for model in compiled)
-            near(others, logits, 1e-5)
-
-
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")),
                     reason="on a CPU torch.compile needs a C++ compiler, and neither g++ nor clang++ is here")
 @torch.no_grad()
@@ -746,8 +749,9 @@ def test_compiled_to_machine_code_a_document_has_the_same_logits():
     torch.compiler.reset()
     model = build(dtype=torch.float32, n_layer=1)
     fast, idx = copy.deepcopy(model), text(2, 2 * S)
-    compile_blocks(fast)                        # one block, no gradients: a kernel takes a second to compile
-    near(fast(idx)[0], model(idx)[0], 1e-5)
+    with torch._inductor.config.patch(compile_threads=1):       # no pool of processes for one block
+        compile_blocks(fast)
+        near(fast(idx)[0], model(idx)[0], 1e-5)
     torch.compiler.reset()
 
 

@@ -9,7 +9,7 @@ import torch
 
 import reference
 from lm2 import LM2, PRESETS, LM2Config
-from test_model import S, build as build_lm2, feed, near, near_gradients, text
+from test_model import S, build as build_lm2, feed, nbytes, near, near_gradients, tensors, text
 
 K = 2
 
@@ -62,13 +62,13 @@ def test_every_generated_token_is_the_likeliest_when_the_whole_is_scored_in_one_
 def test_the_state_is_a_value_and_gradients_flow_through_it_until_it_is_detached():
     model, idx = build(), text(2, 2 * S)
     _, _, state = model(idx[:, :S])
-    kept = [t.detach().clone() for t in state.tensors()]
+    kept = [t.detach().clone() for t in tensors(state)]
     loss = model(idx[:, S:], state=state)[0].square().sum()
-    assert all(torch.equal(a, b) for a, b in zip(kept, state.tensors()))
+    assert all(torch.equal(a, b) for a, b in zip(kept, tensors(state)))
     assert torch.autograd.grad(loss, model.mem_tokens)[0].abs().max() > 0
     loss = model(idx[:, S:], state=state.detach())[0].square().sum()
     assert torch.autograd.grad(loss, model.mem_tokens, allow_unused=True)[0] is None
-    assert state.nbytes() == model(idx)[2].nbytes() == model.initial_state(2).nbytes()
+    assert nbytes(state) == nbytes(model(idx)[2]) == nbytes(model.initial_state(2))
 
 
 def test_recomputing_gives_the_same_gradients():

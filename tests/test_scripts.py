@@ -183,6 +183,27 @@ def test_the_learning_rate_of_every_step_is_that_of_the_schedule(trained):
     assert [r["lr"] for r in steps] == rates
 
 
+def test_an_evaluation_leaves_the_threads_as_they_were(folder, tmp_path):
+    before, trainer = torch.get_num_threads(), make(folder, tmp_path, "--accumulate", "2", "--processes", "2")
+    try:
+        trainer.close()
+        torch.set_num_threads(before + 1)
+        trainer.evaluate([0], 2, 0, ("on",))
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_asked_to_end_before_a_validation_it_saves_and_does_not_validate(folder, tmp_path, monkeypatch):
+    trainer = make(folder, tmp_path, "--tokens", "100000", "--eval_every", "1")
+    monkeypatch.setattr(trainer, "validate", lambda: pytest.fail("it validated first"))
+    real = trainer.train_step
+    monkeypatch.setattr(trainer, "train_step", lambda: (real(), trainer.stop()))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert content(tmp_path, "progress")["progress"][0] == 1
+
+
 def test_the_loss_falls_from_that_of_guessing_to_that_of_knowing_the_rooms(trained):
     losses = [r["loss"] for r in lines(trained[0] / "metrics.jsonl") if "loss" in r]
     assert abs(losses[0] - math.log(2048)) < 0.3
@@ -697,7 +718,7 @@ def long_model(tmp_path_factory):
 
 def pieces(way):
     """The sizes of calls that read 4,096 tokens."""
-    sizes, rng = {"segments": [128] * 32, "tokens": [1] * 4096, "odd": []}[way], random.Random(0)
+    sizes, rng = {"segments": [128] * 32, "tokens": [3072] + [1] * 1024, "odd": []}[way], random.Random(0)
     while sum(sizes) < 4096:
         sizes.append(min(4096 - sum(sizes), rng.choice([1, 3, 127, 128, 129, 300])))
     return sizes
@@ -825,7 +846,7 @@ def test_a_temperature_gives_the_same_words_for_the_same_seed_and_others_for_ano
     (["--tokens"], "--tokens"), (["stray"], "stray"), (["--tokens", "0"], "tokens 0"),
     (["--batch_size", "-1"], "batch_size -1"),
     (["--tasks", "qa99"], "qa99"), (["--tasks", ""], "tasks"), (["--preset", "huge"], "huge"),
-    (["--recipe", "qa0"], "qa0"),
+    (["--recipe", "qa0"], "qa0"), (["--whole", "--stages", "2:0 4:2"], "documents of 128 tokens"),
     (["--decay", "0"], "decay 0"), (["--plain", "1.5"], "1.5"),
     (["--n_head", "3", "--n_kv_head", "3"], "n_head 3"),
     (["--n_mem_head", "5"], "n_mem_head 5"), (["--n_layer", "0"], "n_layer is 0"),
@@ -886,7 +907,8 @@ def test_babilong_eval_names_a_wrong_cell_before_the_first_answer(capsys, wild, 
 
 @pytest.mark.parametrize("flags, named", [
     (["--nope", "1"], "--nope"), (["--temp", "1"], "--temp"), (["--max_new_tokens", "few"], "few"),
-    (["--max_new_tokens", "-1"], "-1"), (["--temperature", "-0.5"], "-0.5"), (["--memory", "maybe"], "maybe"),
+    (["--max_new_tokens", "-1"], "-1"), (["--temperature", "-0.5"], "-0.5"),
+    (["--temperature", "nan"], "nan"), (["--memory", "maybe"], "maybe"),
     (["--device", "gpu7"], "gpu7"), (["--ckpt", "no/ckpt.pt"], "no/ckpt.pt"),
     (["--file", "no/book.txt"], "no/book.txt"),
     (["--prompt", "  \n "], "empty"),
@@ -1050,6 +1072,24 @@ def test_a_text_comes_by_a_pipe_and_from_any_folder(wild, tmp_path):
     done = command_line("sample.py", "--ckpt", wild, "--file", "-", cwd=tmp_path, text=THEN)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", expected(wild, THEN, 16))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: not enough "
+                                                               "memory: you tried to allocate 9 bytes")])
+def test_a_full_memory_is_told_in_one_line(capsys, monkeypatch, tmp_path, folder, error):
+    def full(self):
+        raise error
+    monkeypatch.setattr(train.Trainer, "train_step", full)
+    err = refused(capsys, train.main, *TINY, "--background", folder, "--out_dir", tmp_path / "run")
+    assert "not enough memory" in err
+
+
+def test_an_error_of_our_own_is_not_hidden(monkeypatch, tmp_path, folder):
+    def broken(self):
+        raise RuntimeError("shapes do not match")
+    monkeypatch.setattr(train.Trainer, "train_step", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        train.main([*TINY, "--background", str(folder), "--out_dir", str(tmp_path / "run")])
 
 
 def test_a_mistake_on_a_true_command_line_is_one_line_and_exit_code_2(tmp_path):
