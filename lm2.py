@@ -260,7 +260,7 @@ class Memory(nn.Module):
         R = torch.cat((scores, null), dim=-1).softmax(dim=-1, dtype=M.dtype)          # (B, HM, N, S+1)
         # differs from paper: Eq. (6) adds T x d to a bank of N x d; R, the read turned round, maps T to N
         C = (R[..., :-1].to(c.dtype) @ self.heads(c)).transpose(1, 2)           # (B, N, HM, D/HM)
-        g_forget = torch.sigmoid(self.w_forget(C.flatten(-2))).view_as(C).to(M.dtype)     # Eq. (5), slot, channel
+        g_forget = torch.sigmoid(self.w_forget(C.flatten(-2))).view_as(C).to(M.dtype)  # Eq. (5), slot/channel
         w = 1 - R[..., -1:].transpose(1, 2).to(M.dtype)                         # (B, N, HM, 1) share written
         # differs from paper: forgetting in proportion to w, so what no segment concerns is kept exactly
         M = C.to(M.dtype) + (1 - w * (1 - g_forget)) * M.view_as(C)             # Eq. (6)

@@ -55,7 +55,7 @@ class TrainConfig:
     accumulate: int = 2                 # micro-batches a step
     processes: int | None = None        # of one thread each that share them; None: the threads, if those
     #                                     divide the micro-batches, else 1 with all threads
-    asides: int = 3                     # half of the documents or more are asked at 1 to so many earlier points
+    asides: int = 3                     # half of the documents or more are asked at so many earlier points
     plain: float = 0.1                  # share of batches without background later on, so 0k is not forgotten
     leave_at: float = 0.9               # share of right answers to its longest documents that ends a stage
     leave_plain_at: float = 0.95        # ... this share in stages without background ...
@@ -190,7 +190,7 @@ class Trainer:
             raise ValueError("--stages is empty: give facts:segments, once or more")
         most = max(stage.segments * stage.segment_len for stage in self.stages)
         if c.whole and most > self.model.cfg.segment_len:
-            raise ValueError(f"--whole: --stages has documents of {most} tokens, give --segment_len {most} or more")
+            raise ValueError(f"--whole: --stages has documents of {most} tokens, give --segment_len {most}")
         self.tasks = list(dict.fromkeys(c.tasks.split()))
         if wrong := [task for stage in self.stages for task in stage.tasks if task not in self.tasks]:
             raise ValueError(f"--stages: {wrong[0]!r} is not among --tasks {c.tasks!r}")

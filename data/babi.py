@@ -20,7 +20,7 @@ from data.babi_world import WORLD, Event, Question, Story, Task
 from data.cli import Parser
 
 TASKS: dict[str, Task | Puzzle] = {f"qa{n}": (WORLD | PUZZLES)[f"qa{n}"] for n in range(1, 21)}
-OBJECT_TASKS = {"qa1", "qa2", "qa3", "qa6", "qa8"}      # all can be asked where objects are taken and put down
+OBJECT_TASKS = {"qa1", "qa2", "qa3", "qa6", "qa8"}      # can be asked where objects are taken and put down
 ALSO = {"qa5": {"qa1", "qa6"}, "qa7": {"qa1", "qa6"}}   # task -> tasks whose questions its stories answer too
 ALSO |= {task: OBJECT_TASKS - {task} for task in OBJECT_TASKS - {"qa1"}}
 FOLDERS = ("", "en-10k", "en-valid-10k", "tasks_1-20_v1-2/en-10k", "en")  # where in an archive to look

@@ -108,7 +108,8 @@ class Builder:
             texts = [e.text for e in events]
             if story_part(texts) == self.part:
                 break
-        points = sorted({1 + int(rng.random() * (len(events) - 1)) for _ in range(asides * (len(events) > 2))})
+        end = len(events)
+        points = sorted({1 + int(rng.random() * (end - 1)) for _ in range(asides * (end > 2))})
         found = [(n, babi.with_others(task, events[:n], rules.everything(events[:n], rng), tasks, rng))
                  for n in points if story_part(texts[:n]) == self.part]     # so far it may be the other's
         return texts, questions, [(n, q) for n, qs in found for q in qs[:1 + int(rng.random() * len(qs))]]

@@ -40,11 +40,12 @@ class Stage:
 
     @staticmethod
     def parse(text: str, longest: int) -> "Stage":
-        """"10:8:64" or, with segments of the model's length `longest`, "10:8"; "10:8@qa1,qa2" of two tasks."""
+        """"10:8:64" or, with segments of the model's length `longest`, "10:8"; "10:8@qa1,qa2" of two."""
         numbers, at, tasks = text.partition("@")
         try:
             facts, segments, *rest = (int(x) for x in numbers.split(":"))
-            stage = Stage(facts, segments, rest[0] if rest else longest, tuple(tasks.split(",")) if at else ())
+            named = tuple(tasks.split(",")) if at else ()
+            stage = Stage(facts, segments, rest[0] if rest else longest, named)
         except (ValueError, TypeError):
             raise ValueError(f"--stages: {text!r} is not facts:segments or facts:segments:tokens, with @ and "
                              "the tasks behind it if not all") from None

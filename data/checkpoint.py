@@ -97,7 +97,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{args.to} is there already, or its folder is not: name a new file")
         train = {k: v for k, v in content.get("train", {}).items() if k in ("tasks", "recipe", "seed")}
         save_checkpoint(args.to, model.bfloat16(), tokenizer, train=train)
-        print(f"{args.to}: {Path(args.to).stat().st_size / 2**20:.1f} MiB of {model.n_params()[0]:,} parameters")
+        size = Path(args.to).stat().st_size / 2**20
+        print(f"{args.to}: {size:.1f} MiB of {model.n_params()[0]:,} parameters")
 
 
 if __name__ == "__main__":

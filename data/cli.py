@@ -76,7 +76,7 @@ def one_line(prog: str):
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise                       # ours; but torch's word for a full memory is such an error, too
         if isinstance(error, (MemoryError, RuntimeError)):
-            error = ValueError("not enough memory: smaller batches, a smaller model or shorter documents need less")
+            error = ValueError("not enough memory: smaller batches, models or documents need less")
         message = (f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename
                    else str(error))
         print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)

@@ -5,16 +5,16 @@
 Writes nothing. A recipe is for LM2 and RMT. A Llama has nothing to carry facts from segment to segment, so
 its documents are one segment (window) or whole (full attention). Tokens and learning rates are the same.
 
-qa1, tried on one or two seeds (leads, not laws), slower or without an end: no curriculum (it never leaves "some
-recent room"); no --asides; 4 blocks; 2 blocks of width 64 or 128; 4 heads of width 16; RoPE base 10000 (heads
-of width 8 have no wave to tell 10 from 50 tokens); steps of 16 or 64 documents; Muon; beta1 .95; no stages of
-4 and 10 facts; segments from the start.
-qa1-5, what helped: a story is asked whatever any of the tasks can ask of it, and most of more than ten facts
-at earlier points too (200 steps of that took a smaller model that had stopped at 82, 58, 42 % of qa2 on 8, 16,
-26 facts to 95, 82, 69; three times as many points bring no more in equal time); width 96 in heads of 16, not
-64 in heads of 8 (as good after half the tokens, each 1.8 times as dear); a rate that falls from half way (at a
-constant one 12 M tokens brought qa2 nothing); qa4 alone late, when the rate is low (78 to 98 % in 300 steps;
-early it stood at 87 after 1,500, and qa1 fell from 92 to 60).
+qa1, tried on one or two seeds (leads, not laws), slower or without an end: no curriculum (it never leaves
+"some recent room"); no --asides; 4 blocks; 2 blocks of width 64 or 128; 4 heads of width 16; RoPE base
+10000 (heads of width 8 have no wave to tell 10 from 50 tokens); steps of 16 or 64 documents; Muon; beta1
+.95; no stages of 4 and 10 facts; segments from the start.
+qa1-5, what helped: a story is asked whatever any of the tasks can ask of it, and most of more than ten
+facts at earlier points too (200 steps of that took a smaller model that had stopped at 82, 58, 42 % of qa2
+on 8, 16, 26 facts to 95, 82, 69; three times as many points bring no more in equal time); width 96 in heads
+of 16, not 64 in heads of 8 (as good after half the tokens, each 1.8 times as dear); a rate that falls from
+half way (at a constant one 12 M tokens brought qa2 nothing); qa4 alone late, when the rate is low (78 to 98
+% in 300 steps; early it stood at 87 after 1,500, and qa1 fell from 92 to 60).
 """
 from lm2 import PRESETS, LM2Config
 

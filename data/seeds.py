@@ -51,15 +51,15 @@ def choose(flag: str, asked: list[str] | None, there: list[str]) -> list[str]:
 
 
 def by_column(cells: list[dict]) -> dict[str, Seeds]:
-    """column -> its seeds' cells; the column's name is the model's without "-SEED". ValueError for a cell that
-    is there twice."""
+    """column -> its seeds' cells; the column's name is the model's without "-SEED". ValueError for a cell
+    that is there twice."""
     columns: dict[str, Seeds] = {}
     for c in cells:
         name, _, seed = c["model"].rpartition("-")
         name = column(c | dict(model=name if seed.isdecimal() and name else c["model"]))
         mine, key = columns.setdefault(name, {}).setdefault(c["model"], {}), (c["task"], c["length"])
         if key in mine:
-            raise ValueError(f"{column(c)!r} has {key[0]} at {length_name(key[1])} in two files: name one of them")
+            raise ValueError(f"{column(c)!r} has {key[0]} at {length_name(key[1])} in two files: name one")
         mine[key] = c
     return columns
 
@@ -117,7 +117,8 @@ def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "
     there = by_column(cells)
     columns = choose("--columns", columns, list(there))
     tasks = sorted({c["task"] for c in cells}, key=lambda task: int(task[2:]))
-    groups = {t: [t] for t in tasks} | {f"mean of {g}": of for g, of in GROUPS.items() if set(of) <= set(tasks)}
+    groups = {t: [t] for t in tasks}
+    groups |= {f"mean of {g}": of for g, of in GROUPS.items() if set(of) <= set(tasks)}
     lengths, rows = sorted({c["length"] for c in cells}), []
     for group, members in groups.items():
         found = {(name, x): pick(there[name], members, x, n_key) for name in columns for x in lengths}

@@ -12,7 +12,8 @@ import torch
 
 import train
 from data.helpers import Helpers
-from test_scripts import TINY, content, fit, folder, make, no_worker_left, refused, same_tensors, step  # noqa: F401
+from test_scripts import (TINY, content, fit, folder, make, no_worker_left, refused,  # noqa: F401
+                          same_tensors, step)
 
 STAGES = ["--stages", "2:0 3:2", "--stage_steps", "2", "--tokens", "100000", "--plain", "0"]
 
@@ -36,7 +37,8 @@ def weights(trainer, steps):
 
 
 @pytest.mark.parametrize("accumulate, processes", [("2", "2"), ("6", "3")])
-def test_however_many_processes_share_a_step_it_is_the_same_step(folder, tmp_path, accumulate, processes):  # noqa: F811
+def test_however_many_processes_share_a_step_it_is_the_same_step(
+        folder, tmp_path, accumulate, processes):  # noqa: F811
     runs = [weights(make(folder, tmp_path / n, *STAGES, "--accumulate", accumulate, "--processes", n), 5)
             for n in ("1", processes)]
     for name, one in runs[0][0].items():
@@ -124,7 +126,7 @@ def test_memory_that_cannot_be_shared_is_told_in_a_line(monkeypatch):
 @pytest.mark.parametrize("owner, name", [(torch.optim.AdamW, "step"), (train.Trainer, "collect")])
 def test_interrupted_it_saves_behind_a_whole_step_and_goes_on_bit_for_bit(
         capsys, fit, tmp_path, monkeypatch, owner, name):
-    """Ctrl-C, which a terminal sends to all processes, while the optimiser steps and while numbers are fetched."""
+    """Ctrl-C, which a terminal sends to all processes, while the optimiser steps or numbers are fetched."""
     flags = [*STAGES, "--tokens", "20000", "--log_every", "2", "--accumulate", "2", "--processes", "2"]
     fit(tmp_path / "straight", *flags)
     calls, real = [], getattr(owner, name)
@@ -145,7 +147,8 @@ def test_interrupted_it_saves_behind_a_whole_step_and_goes_on_bit_for_bit(
     assert same_tensors(*ends)
 
 
-def test_the_micro_batches_of_a_step_are_of_one_length_but_not_of_the_same_documents(folder, tmp_path):  # noqa: F811
+def test_the_micro_batches_of_a_step_are_of_one_length_but_not_of_the_same_documents(
+        folder, tmp_path):  # noqa: F811
     trainer = make(folder, tmp_path, "--stages", "3:6:32", "--accumulate", "2", "--processes", "1")
     pairs = [(next(trainer.batches), next(trainer.batches)) for _ in range(8)]
     assert all(a.idx.shape[1] == b.idx.shape[1] for a, b in pairs if a.longest)
@@ -210,7 +213,8 @@ def test_processes_must_divide_the_micro_batches(capsys, folder, tmp_path, proce
     assert f"--processes {processes} must divide --accumulate 3" in err
 
 
-@pytest.mark.parametrize("threads, accumulate, processes", [(1, 2, 1), (2, 2, 2), (2, 4, 2), (4, 4, 4), (3, 4, 1), (8, 2, 1)])
+@pytest.mark.parametrize("threads, accumulate, processes", [
+    (1, 2, 1), (2, 2, 2), (2, 4, 2), (4, 4, 4), (3, 4, 1), (8, 2, 1)])
 def test_by_default_a_process_for_each_thread_or_one_with_them_all(
         folder, tmp_path, threads, accumulate, processes):  # noqa: F811
     trainer = make(folder, tmp_path, "--threads", str(threads), "--accumulate", str(accumulate))

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def made(n):
     """n samples in the form of the published ones: the questions end in a space, the texts are not ASCII."""
-    return [{"input": f" Mary went to café {i}. ", "question": f"Where is she, {i}? ", "target": f"café {i}"}
+    return [{"input": f" She went to café {i}. ", "question": f"Where is she, {i}? ", "target": f"café {i}"}
             for i in range(n)]
 
 
@@ -527,7 +527,7 @@ def test_samples_are_read_from_a_folder_a_data_folder_or_a_file(tmp_path):
 def test_a_question_loses_its_trailing_space_and_an_input_keeps_it(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([s | {"id": 7} for s in made(1)]), encoding="utf-8")
     assert published.read_samples(str(tmp_path / "a.json"), "qa1", "0k") == [
-        {"input": " Mary went to café 0. ", "question": "Where is she, 0?", "target": "café 0"}]
+        {"input": " She went to café 0. ", "question": "Where is she, 0?", "target": "café 0"}]
 
 
 def test_a_missing_file_is_named_with_the_command_that_fetches_it(tmp_path):

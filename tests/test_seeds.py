@@ -68,11 +68,13 @@ def test_the_command_prints_the_table_and_names_what_is_not_there(tmp_path, caps
     more = tmp_path / "more.json"
     more.write_text(json.dumps(dict(cells=[made("rmt-0", 100)])))
     seeds.main([str(file), str(more), "--columns", "lm2 off", "rmt on"])
-    assert capsys.readouterr().out.split("\n")[2] == "| qa1 | 0k | 200 | 20.0 | 20.0 [15, 26] | 50.0 [43, 57] |"
+    line = capsys.readouterr().out.split("\n")[2]
+    assert line == "| qa1 | 0k | 200 | 20.0 | 20.0 [15, 26] | 50.0 [43, 57] |"
     wrong = tmp_path / "wrong.json"
     for change in dict(task="foo"), dict(outside_exact=3), dict(floor_outside=None):
         wrong.write_text(json.dumps(dict(cells=[CELLS[0] | change])))
         assert "wrong.json" in refused(capsys, seeds.main, str(wrong))
-    for flags, named in (([str(file), "--columns", "rmt on"], "rmt on"), ([str(tmp_path / "no.json")], "no.json"),
+    for flags, named in (([str(file), "--columns", "rmt on"], "rmt on"),
+                         ([str(tmp_path / "no.json")], "no.json"),
                          ([str(file), str(more), str(more)], "'rmt-0 on' has qa1 at 0k in two files")):
         assert named in refused(capsys, seeds.main, *flags)
