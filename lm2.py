@@ -90,7 +90,7 @@ PRESETS: dict[str, dict] = {
     "cpu-llama": dict(CPU, n_mem_layer=0, ffn_dim=327),             # a Llama of the same window,
     "cpu-full": dict(CPU, n_mem_layer=0, ffn_dim=327, segment_len=16384),       # and one that sees it all
     "cpu-hours": HOURS,                                             # 1.1 M, for five tasks; and its equals
-    "cpu-hours-rmt": dict(HOURS, n_mem_token=16, ffn_dim=480),
+    "cpu-hours-rmt": dict(HOURS, n_mem_token=4, ffn_dim=481),
     "cpu-hours-llama": dict(HOURS, n_mem_layer=0, ffn_dim=482),
     "gpu": dict(n_layer=6, n_embd=256, ffn_dim=704, segment_len=256, n_slot=64, rope_theta=1000.0),    # 8.6 M
     "lm2-1.7b": dict(  # paper: Llama-3.2-1B's shape, 2,048 slots in every block, 1.24 B + 0.47 B parameters
