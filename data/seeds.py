@@ -1,7 +1,7 @@
 """A table over seeds, in Markdown, from the counts that babilong_eval.py --figures wrote.
 
-    python -m data.seeds assets/qa1.json                                  # every column
-    python -m data.seeds assets/models.json --columns "lm2 on" "rmt on" --which outside
+    python -m data.seeds assets/models.json --columns "lm2 on" "rmt on"
+    python -m data.seeds assets/models.json --columns "lm2 off" "lm2 other" --which outside
     python -m data.seeds assets/five.json --across lengths                # a line a task and model
 
 Writes nothing. A model evaluated as --ckpt lm2-0=... lm2-1=... is one column, "lm2 on", of seeds 0 and 1. A
