@@ -73,8 +73,9 @@ def one_line(prog: str):
         sys.stderr.close()
         raise SystemExit(0)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise                       # ours; but torch's word for a full memory is such an error, too
+        full = ("not enough memory", "out of memory", "can't allocate memory")      # torch's words for it
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in full):
+            raise                       # ours
         if isinstance(error, (MemoryError, RuntimeError)):
             error = ValueError("not enough memory: smaller batches, models or documents need less")
         message = (f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename

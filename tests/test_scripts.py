@@ -1085,11 +1085,12 @@ def test_a_full_memory_is_told_in_one_line(capsys, monkeypatch, tmp_path, folder
     assert "not enough memory" in err
 
 
-def test_an_error_of_our_own_is_not_hidden(monkeypatch, tmp_path, folder):
+@pytest.mark.parametrize("words", ["shapes do not match", "CUDA error: an illegal memory access was met"])
+def test_an_error_of_our_own_is_not_hidden(monkeypatch, tmp_path, folder, words):
     def broken(self):
-        raise RuntimeError("shapes do not match")
+        raise RuntimeError(words)
     monkeypatch.setattr(train.Trainer, "train_step", broken)
-    with pytest.raises(RuntimeError, match="shapes"):
+    with pytest.raises(RuntimeError, match=words):
         train.main([*TINY, "--background", str(folder), "--out_dir", str(tmp_path / "run")])
 
 
