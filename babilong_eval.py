@@ -104,24 +104,27 @@ def batches(n: int, size: int, pairs: bool) -> list[range]:
 
 def ask(model: LM2, tokenizer: Tokenizer, documents: list[Document], modes: Iterable[str], rag: int
         ) -> dict[str, tuple[list[str], list[bool | None], float]]:
-    """Answers to a batch in each mode, whether retrieval found what is needed, and the seconds a document."""
+    """Answers to a batch in each mode, whether retrieval found what is needed, and the seconds a document.
+    On a GPU layers multiply in bfloat16, as in training."""
     modes, out, prompts = list(modes), {}, [d.prompt() for d in documents]
     start, reading = time.perf_counter(), 0.0
-    if {"on", "other"} & set(modes):
-        state = carried(model, prompts)
-        reading = time.perf_counter() - start
-    for mode in modes:
-        found, start = [None] * len(documents), time.perf_counter()
-        if mode == "rag":
-            short, found = zip(*(d.retrieve(tokenizer, rag) for d in documents))
-            outputs = answer(model, tokenizer, short, carried(model, short))
-        elif mode == "off":
-            outputs = answer(model, tokenizer, prompts, model.initial_state(len(prompts)), write=False)
-        else:
-            neighbours = [j ^ 1 if j ^ 1 < len(prompts) else j - 1 for j in range(len(prompts))]
-            outputs = answer(model, tokenizer, prompts, state if mode == "on" else of_rows(state, neighbours))
-        seconds = time.perf_counter() - start + (reading if mode in ("on", "other") else 0)
-        out[mode] = outputs, list(found), seconds / len(documents)
+    with torch.autocast("cuda", torch.bfloat16, model.norm.weight.is_cuda):
+        if {"on", "other"} & set(modes):
+            state = carried(model, prompts)
+            reading = time.perf_counter() - start
+        for mode in modes:
+            found, start = [None] * len(documents), time.perf_counter()
+            if mode == "rag":
+                short, found = zip(*(d.retrieve(tokenizer, rag) for d in documents))
+                outputs = answer(model, tokenizer, short, carried(model, short))
+            elif mode == "off":
+                outputs = answer(model, tokenizer, prompts, model.initial_state(len(prompts)), write=False)
+            else:
+                neighbours = [j ^ 1 if j ^ 1 < len(prompts) else j - 1 for j in range(len(prompts))]
+                bank = state if mode == "on" else of_rows(state, neighbours)
+                outputs = answer(model, tokenizer, prompts, bank)
+            seconds = time.perf_counter() - start + (reading if mode in ("on", "other") else 0)
+            out[mode] = outputs, list(found), seconds / len(documents)
     return out
 
 

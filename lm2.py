@@ -84,6 +84,7 @@ class LM2Config:
 
 CPU = dict(n_layer=3, rope_theta=1000.0)  # learns on two CPU cores in minutes
 HOURS = dict(n_layer=4, n_head=6, n_kv_head=6, n_embd=96, ffn_dim=256, n_mem_head=6, rope_theta=1000.0)
+GPU = dict(n_layer=6, n_embd=256, ffn_dim=448, segment_len=512, n_slot=64, rope_theta=1000.0)
 PRESETS: dict[str, dict] = {
     "cpu": CPU,                                                     # train.py's default
     "cpu-rmt": dict(CPU, n_mem_token=16, ffn_dim=325),              # as many parameters: an RMT,
@@ -92,7 +93,10 @@ PRESETS: dict[str, dict] = {
     "cpu-hours": HOURS,                                             # 1.1 M, for five tasks; and its equals
     "cpu-hours-rmt": dict(HOURS, n_mem_token=4, ffn_dim=481),
     "cpu-hours-llama": dict(HOURS, n_mem_layer=0, ffn_dim=482),
-    "gpu": dict(n_layer=6, n_embd=256, ffn_dim=704, segment_len=256, n_slot=64, rope_theta=1000.0),    # 8.6 M
+    "gpu": GPU,                                                     # 7.4 M, for ten tasks; and its equals
+    "gpu-rmt": dict(GPU, n_mem_token=16, ffn_dim=1048),
+    "gpu-llama": dict(GPU, n_mem_layer=0, ffn_dim=1048),
+    "gpu-full": dict(GPU, n_mem_layer=0, ffn_dim=1048, segment_len=16384),
     "lm2-1.7b": dict(  # paper: Llama-3.2-1B's shape, 2,048 slots in every block, 1.24 B + 0.47 B parameters
         vocab_size=128256, n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, ffn_dim=8192, segment_len=2048,
         n_slot=2048, n_mem_head=32, rope_theta=500000.0, tie_embeddings=True, rope_scaling=dict(
@@ -206,7 +210,7 @@ class Attention(nn.Module):
                 if T > 1:  # one token sees all that is there
                     mask = torch.ones(T, fill + T, dtype=torch.bool, device=x.device).tril(fill)
         q, keys, values = (t.transpose(1, 2).to(q.dtype) for t in (q, keys, values))
-        if T > 64 and self.width < 16 and x.device.type == "cpu":  # zeros that make narrow heads faster there
+        if x.device.type == "cpu" and self.width < 16 and T > 64:  # zeros that make narrow heads faster there
             q, keys, values = (F.pad(t, (0, 16 - self.width)) for t in (q, keys, values))
         y = F.scaled_dot_product_attention(                                     # (R, H, T, D/H)
             q, keys, values, attn_mask=mask, is_causal=fill == 0, scale=self.width ** -0.5,
@@ -317,15 +321,15 @@ class Block(nn.Module):
         slots' update runs segment by segment, all else in large products."""
         (B, T, D), S, mem = x.shape, st.k.shape[1], self.memory
         whole = fill == 0 and T % S == 0
-        before, step, after = self.fast if self.fast and whole and trace is None else (
-            self.before, mem and mem.step, self.after)
+        fast = self.fast and whole and trace is None and torch.is_grad_enabled()
+        before, step, after = self.fast if fast else (self.before, mem and mem.step, self.after)
         x = x.reshape(-1, S if whole else T, D)                                 # (B*G, S, D): a row a segment
         x, k, v, Q, c = before(x, turn, None if whole else (st.k, st.v, fill, owned), trace)
         K = V = None
         if whole and mem is not None:                                           # they leave no cache
             M, seen, keys = st.bank, [], []                                     # norm(M), K: one a segment
             for q, cand in zip(*(t.unflatten(0, (B, -1)).unbind(1) for t in (Q, c))):       # (B, S, D)
-                was, key, M = step(M, q, cand, write, trace)
+                was, key, M = (step if write else mem.step)(M, q, cand, write, trace)
                 seen.append(was), keys.append(key)
             K = torch.stack(keys, dim=1).flatten(0, 1)                          # (B*G, N, D)
             V = mem.wv(torch.stack(seen, dim=1).flatten(0, 1))                  # (B*G, N, D)
@@ -454,10 +458,11 @@ class LM2(nn.Module):
         return logits, loss, LM2State(blocks, mem, fill, state.owned)
 
     @torch.no_grad()
-    def read(self, idx: Tensor, state: LM2State | None = None, write: bool = True, tokens_a_call: int = 4096
-             ) -> tuple[Tensor, LM2State]:
+    def read(self, idx: Tensor, state: LM2State | None = None, write: bool = True,
+             tokens_a_call: int | None = None) -> tuple[Tensor, LM2State]:
         """Read a document of any length at constant memory, by segments: idx (B, T) -> last logits (B, V)."""
         state = state or self.initial_state(idx.shape[0])
+        tokens_a_call = tokens_a_call or (131_072 if idx.is_cuda else 4096)     # a GPU is slow at little work
         step = max(1, tokens_a_call // (idx.shape[0] * state.segment_len)) * state.segment_len
         for at in range(-state.fill, max(1, idx.shape[1]), step):  # once at least: it refuses an empty idx
             logits, _, state = self(idx[:, max(0, at):at + step], state=state, keep="last", write=write)

@@ -48,7 +48,8 @@ class TrainConfig:
     tasks: str = "qa1"                  # bAbI tasks to train on and to evaluate, with spaces between
     stages: str = "2:0 4:0 10:0 4:2:32 4:3:32 10:4:32 10:8:32 10:16:64 10:16 10:32"  # see Stage
     tokens: int = 10_000_000            # tokens to train on at most; the learning rate ends at 0 there ...
-    final_tokens: int = 1_500_000       # ... or after so many in the last stage, whichever comes first
+    final_tokens: int = 1_500_000       # ... or after so many in the last stage, whichever comes first ...
+    total_minutes: float | None = None  # ... or after so many minutes, those before a --resume included
     whole: bool = False                 # a document is one segment, whatever its stage says: full attention
     batch_size: int = 16                # most documents in a micro-batch
     batch_tokens: int = 4096            # most tokens in a micro-batch: long documents come in smaller ones
@@ -91,7 +92,7 @@ class TrainConfig:
                 ("decay", 1e-9, 1), ("weight_decay", 0, math.inf), ("warmup", 0, math.inf),
                 ("lr", 1e-12, 1e3), ("clip", 1e-12, 1e12),
                 ("threads", 0, 4096), ("workers", 0, 256), ("asides", 0, 1000), ("seed", 0, 2**32 - 1),
-                ("minutes", 0, math.inf)):
+                ("minutes", 0, math.inf), ("total_minutes", 0.01, math.inf)):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"--{name} {value} must lie between {low:g} and {high:g}")
@@ -107,12 +108,12 @@ class TrainConfig:
 
 
 def learning_rate(c: TrainConfig, step: int, done: float) -> float:
-    """At a step (from 0) and a share `done` of all tokens: a trapezoid."""
+    """At a step (from 0) and a share `done` of the whole run: a trapezoid."""
     return c.lr * min(1.0, (step + 1) / max(1, c.warmup)) * min(1.0, max(0.0, 1 - done) / c.decay)
 
 
-ANEW = ("out_dir minutes device threads processes workers compile bfloat16 recompute eval_every eval_n "
-        "table_lengths table_n").split()
+ANEW = ("out_dir minutes total_minutes device threads processes workers compile bfloat16 recompute "
+        "eval_every eval_n table_lengths table_n").split()
 
 
 def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
@@ -138,11 +139,11 @@ def add_gradients(model: LM2, batches: Iterator[Batch], stage: Stage, n: int, c:
     for _ in range(n):
         batch = next(batches)
         tokens, asked = tokens + batch.idx.numel(), int(batch.words.sum())      # on the host
-        segment_len = batch.idx.shape[1] if c.whole else stage.segment_len
-        batch = batch.to(device)
+        T = batch.idx.shape[1]      # what is shorter than a segment is a whole one for itself, and the last
+        batch, segment_len = batch.to(device), T if c.whole else min(T, stage.segment_len)
         with torch.autocast("cuda", torch.bfloat16, device.type == "cuda" and c.bfloat16 is not False):
-            logits, loss, _ = model(batch.idx, batch.targets, keep=batch.keep,
-                                    segment_len=segment_len, recompute=c.recompute)
+            logits, loss, _ = model(batch.idx, batch.targets, keep=batch.keep, segment_len=segment_len,
+                                    write=T > segment_len, recompute=c.recompute)
         (loss / c.accumulate).backward()
         right = ((logits.argmax(-1) == batch.targets.flatten()[batch.keep]) & batch.words).sum()
         sums += torch.stack([loss.detach() / c.accumulate, right, torch.full_like(right, asked)])
@@ -227,7 +228,7 @@ class Trainer:
         self.helpers = Helpers(self.model, self.processes - 1, help_step, (maker, self.processes, c))
         torch.set_num_threads(self.threads[1])
         if c.compile:
-            compile_blocks(self.model)
+            compile_blocks(self.model, dynamic=True if cuda else None)
         self.pending: list[tuple] = []  # of each step since the last line: numbers still on the device
         self.ckpt.parent.mkdir(parents=True, exist_ok=True)
         path, kept = self.ckpt.with_name("metrics.jsonl"), []
@@ -267,7 +268,7 @@ class Trainer:
         numbers go to `pending`."""
         c, stage = self.c, self.stages[self.stage]
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(c, self.step, self.tokens / self.end)
+            group["lr"] = learning_rate(c, self.step, self.done)
         self.helpers.start((stage, self.step * c.accumulate))
         results = [add_gradients(self.model, self.batches, stage, c.accumulate // self.processes, c,
                                  self.device)]
@@ -294,6 +295,12 @@ class Trainer:
                 self.recent.append(accuracy)
         return dict(loss=sum(loss for _, loss, _ in values) / len(values), accuracy=accuracy,
                     stage=self.stage, grad_norm=norm, lr=self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def done(self) -> float:
+        """The share of the run that lies behind: of its tokens, or of its minutes if those end first."""
+        minutes = self.c.total_minutes or math.inf
+        return max(self.tokens / self.end, self.seconds / (60 * minutes))
 
     def aim(self) -> None:
         """In the last stage the end is in sight."""
@@ -337,8 +344,7 @@ class Trainer:
         validated, rates = self.tokens // c.eval_every, []
         while True:
             self.seconds = before + time.perf_counter() - began
-            last = (self.tokens >= self.end
-                    or (c.minutes is not None and self.seconds - before >= 60 * c.minutes))
+            last = self.done >= 1 or c.minutes is not None and self.seconds - before >= 60 * c.minutes
             due = last or self.tokens // c.eval_every > validated
             if self.pending and (due or self.step % c.log_every == 0):
                 numbers = self.collect()

@@ -95,7 +95,7 @@ class Maker:
             documents.append(self.builder.lesson(stage.tasks or self.tasks, stage.facts, room, rng,
                                                  asides=asides, share=share))
         T = max(len(d.ids) for d in documents)
-        T = T if bare else -(-T // S) * S           # whole segments: one pass, and few different shapes
+        T = T if bare and T < S else -(-T // S) * S     # whole segments: one pass, and few different shapes
         documents = documents[:max(1, self.tokens // T)]    # facts may need more segments than the stage has
         idx, targets = (np.full((len(documents), T), fill, np.int64) for fill in (0, -1))
         for row, d in enumerate(documents):

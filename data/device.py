@@ -44,6 +44,8 @@ def compile_blocks(model: nn.Module, **options) -> None:
     config = torch._dynamo.config  # graphs a function, beyond which it refuses: ours are few, but not 8
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # PyTorch 2.6
     setattr(config, limit, max(getattr(config, limit), 64))
+    if options.get("dynamic"):
+        torch.fx.experimental._config.use_duck_shape = False    # a batch of 8 has nothing to do with 8 heads
     for block in model.layers:
         parts = block.before, block.memory and block.memory.step, block.after
         block.fast = tuple(part and torch.compile(part, fullgraph=True, **options) for part in parts)

@@ -28,8 +28,10 @@ FIRST, CARRY = "2:0@qa1 4:0@qa1 2:0@qa1,qa4,qa4,qa4", "4:2:32@qa1 4:3:32@qa1"
 FIVE = "qa1,qa2,qa2,qa3,qa3,qa4,qa5,qa5"    # those that are learned slowly come twice as often. Of qa4's few
 RELATIONS = "2:0@qa4 2:4:32@qa4 2:8:64@qa4 2:16:64@qa4"     # answers too little comes of that: late, when the
 LATE = "qa1,qa2,qa2,qa3,qa3,qa3,qa3,qa4,qa4,qa4,qa5,qa5,qa5"    # learning rate is low, it has its turn alone
+TEN = "qa1,qa2,qa2,qa3,qa3,qa4,qa5,qa5,qa6,qa7,qa7,qa8,qa9,qa10"
+TEN_LATE = "qa1,qa2,qa2,qa2,qa3,qa3,qa3,qa3,qa4,qa4,qa5,qa5,qa6,qa7,qa7,qa8,qa9,qa10"
 WHOLE = dict(whole=True, table_lengths="0k 1k 2k 4k", table_n=100)     # its long documents take long
-ALL = dict(final_tokens=90_000_000)     # a Llama's few stages end early, and its tokens shall be as many
+ALL = dict(final_tokens=4_000_000_000)  # a Llama's few stages end early, and its tokens shall be as many
 QA1 = ALL | dict(tokens=8_000_000)      # as LM2's, of whose three seeds this is the median
 
 RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, "llama" or "full": what those change}
@@ -45,12 +47,15 @@ RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, "llama" 
         "llama": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 30:1', FIVE)} 2:0@qa4 100:1@{LATE}"),
         "full": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 30:4:128', FIVE)} 2:0@qa4 "
                             f"2:16:64@qa4 100:8:128@{LATE}", **WHOLE)},
-    "qa1-10": {         # for one GPU
-        "": dict(preset="gpu", tasks=" ".join(f"qa{i}" for i in range(1, 11)), tokens=600_000_000,
-                 final_tokens=150_000_000, batch_size=64, batch_tokens=65536, accumulate=1, stage_steps=3000,
-                 leave_plain_at=0.93, plain=0.15, lr=1e-3, eval_every=50_000_000, compile=True,
-                 table_lengths="0k 1k 4k 16k 32k", asides=4,
-                 stages=f"{FIRST} 4:0 8:0 {CARRY} 8:4:32 30:0 16:8:64 30:8:128 100:8 100:32")},
+    "qa1-10": {         # half an hour on one GPU
+        "": dict(preset="gpu", tasks=" ".join(f"qa{i}" for i in range(1, 11)), tokens=4_000_000_000, **ALL,
+                 total_minutes=25.0, decay=0.55, lr=1e-3, leave_plain_at=0.93, plain=0.4, asides=4,
+                 batch_size=64, batch_tokens=65536, accumulate=1, compile=True, eval_every=100_000_000,
+                 eval_n=8, stages=f"{FIRST} {each('4:0 8:0', TEN)} {CARRY} "
+                        f"{each('8:4:32 30:0 100:0 30:8:64 100:8', TEN)} {RELATIONS} 100:32@{TEN_LATE}"),
+        "llama": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 100:0', TEN)} 2:0@qa4 100:1@{TEN_LATE}"),
+        "full": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 100:0 30:8:64', TEN)} 2:0@qa4 "
+                            f"100:8:512@{TEN_LATE}", **WHOLE)},
 }
 
 
@@ -58,7 +63,8 @@ def knobs(recipe: str | None, preset: str | None, sizes: dict) -> dict:
     """What a recipe (None: the one that the preset is made for), and in it the kind of model that preset and
     `sizes` make, changes in TrainConfig's defaults; ValueError for an unknown recipe."""
     name = preset or ""
-    recipe = recipe or {"gpu": "qa1-10"}.get(name, "qa1-5" if name.startswith("cpu-hours") else "qa1")
+    made_for = {"gpu": "qa1-10", "cpu-hours": "qa1-5"}
+    recipe = recipe or next((made_for[x] for x in made_for if name.startswith(x)), "qa1")
     if recipe not in RECIPES:
         raise ValueError(f"--recipe {recipe!r} is unknown: choose from {', '.join(RECIPES)}")
     made = dict(recipe=recipe) | RECIPES[recipe][""]
