@@ -84,7 +84,7 @@ class LM2Config:
 
 CPU = dict(n_layer=3, rope_theta=1000.0)  # learns on two CPU cores in minutes
 HOURS = dict(n_layer=4, n_head=6, n_kv_head=6, n_embd=96, ffn_dim=256, n_mem_head=6, rope_theta=1000.0)
-GPU = dict(n_layer=6, n_embd=256, ffn_dim=448, segment_len=512, n_slot=64, rope_theta=1000.0)
+GPU = dict(n_layer=6, n_embd=256, ffn_dim=448, segment_len=1024, n_slot=64, rope_theta=1000.0)
 PRESETS: dict[str, dict] = {
     "cpu": CPU,                                                     # train.py's default
     "cpu-rmt": dict(CPU, n_mem_token=16, ffn_dim=325),              # as many parameters: an RMT,

@@ -45,6 +45,7 @@ class TrainConfig:
     preset: str = "cpu"                 # model of lm2.PRESETS, else the recipe's; flags of sizes win over it
     recipe: str = "qa1"                 # of data/recipes.py, else the preset's: qa1, qa1-5 or qa1-10
     out_dir: str = "out"                # folder for ckpt.pt, metrics.jsonl and table.jsonl
+    init: str | None = None             # checkpoint to start from, of its sizes; None: random weights
     tasks: str = "qa1"                  # bAbI tasks to train on and to evaluate, with spaces between
     stages: str = "2:0 4:0 10:0 4:2:32 4:3:32 10:4:32 10:8:32 10:16:64 10:16 10:32"  # see Stage
     tokens: int = 10_000_000            # tokens to train on at most; the learning rate ends at 0 there ...
@@ -179,6 +180,10 @@ class Trainer:
                 raise ValueError(f"{self.ckpt} does not fit this code: {error}") from None
         elif self.ckpt.exists():
             raise ValueError(f"{self.ckpt} is there already: go on with --resume, or give another --out_dir")
+        elif c.init:
+            if wrong := sorted({"preset", *(f.name for f in fields(LM2Config))} & set(given)):
+                raise ValueError(f"--init {c.init} has sizes of its own: leave --{wrong[0]} out")
+            self.model, self.tokenizer, _ = load_checkpoint(c.init)
         else:
             self.tokenizer = load()
             torch.manual_seed(c.seed)

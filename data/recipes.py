@@ -28,8 +28,8 @@ FIRST, CARRY = "2:0@qa1 4:0@qa1 2:0@qa1,qa4,qa4,qa4", "4:2:32@qa1 4:3:32@qa1"
 FIVE = "qa1,qa2,qa2,qa3,qa3,qa4,qa5,qa5"    # those that are learned slowly come twice as often. Of qa4's few
 RELATIONS = "2:0@qa4 2:4:32@qa4 2:8:64@qa4 2:16:64@qa4"     # answers too little comes of that: late, when the
 LATE = "qa1,qa2,qa2,qa3,qa3,qa3,qa3,qa4,qa4,qa4,qa5,qa5,qa5"    # learning rate is low, it has its turn alone
-TEN = "qa1,qa2,qa2,qa3,qa3,qa4,qa5,qa5,qa6,qa7,qa7,qa8,qa9,qa10"
-TEN_LATE = "qa1,qa2,qa2,qa2,qa3,qa3,qa3,qa3,qa4,qa4,qa5,qa5,qa6,qa7,qa7,qa8,qa9,qa10"
+TEN = "qa1,qa2,qa2,qa3,qa3,qa4,qa4,qa5,qa5,qa6,qa7,qa7,qa8,qa9,qa10"
+TEN_LATE = "qa1,qa2,qa2,qa2,qa3,qa3,qa3,qa3,qa4,qa4,qa5,qa5,qa5,qa6,qa7,qa7,qa8,qa9,qa10"
 WHOLE = dict(whole=True, table_lengths="0k 1k 2k 4k", table_n=100)     # its long documents take long
 ALL = dict(final_tokens=4_000_000_000)  # a Llama's few stages end early, and its tokens shall be as many
 QA1 = ALL | dict(tokens=8_000_000)      # as LM2's, of whose three seeds this is the median
@@ -49,13 +49,14 @@ RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, "llama" 
                             f"2:16:64@qa4 100:8:128@{LATE}", **WHOLE)},
     "qa1-10": {         # half an hour on one GPU
         "": dict(preset="gpu", tasks=" ".join(f"qa{i}" for i in range(1, 11)), tokens=4_000_000_000, **ALL,
-                 total_minutes=25.0, decay=0.55, lr=1e-3, leave_plain_at=0.93, plain=0.4, asides=4,
-                 batch_size=64, batch_tokens=65536, accumulate=1, compile=True, eval_every=100_000_000,
-                 eval_n=8, stages=f"{FIRST} {each('4:0 8:0', TEN)} {CARRY} "
-                        f"{each('8:4:32 30:0 100:0 30:8:64 100:8', TEN)} {RELATIONS} 100:32@{TEN_LATE}"),
-        "llama": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 100:0', TEN)} 2:0@qa4 100:1@{TEN_LATE}"),
-        "full": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 100:0 30:8:64', TEN)} 2:0@qa4 "
-                            f"100:8:512@{TEN_LATE}", **WHOLE)},
+                 total_minutes=25.0, decay=0.5, lr=5e-4, leave_at=0.85, leave_plain_at=0.91, stage_steps=1000,
+                 plain=0.3, asides=4, batch_size=64, batch_tokens=131_072, accumulate=1, compile=True,
+                 workers=6, eval_every=150_000_000, eval_n=8,
+                 stages=f"{FIRST} {each('4:0 8:0', TEN)} {CARRY} "
+                        f"{each('8:4:32 30:0 100:0 30:8:64 100:8:512', TEN)} 100:16@{TEN_LATE}"),
+        "llama": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 100:0', TEN)} 100:1@{TEN_LATE}"),
+        "full": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 100:0 30:8:64', TEN)} 100:8:512@{TEN_LATE}",
+                     **WHOLE)},
 }
 
 

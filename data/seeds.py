@@ -3,6 +3,7 @@
     python -m data.seeds assets/models.json --columns "lm2 on" "rmt on"
     python -m data.seeds assets/models.json --columns "lm2 off" "lm2 other" --which outside
     python -m data.seeds assets/five.json --across lengths                # a line a task and model
+    python -m data.seeds assets/ten.json --across tasks                   # a line a length and model
 
 Writes nothing. A model evaluated as --ckpt lm2-0=... lm2-1=... is one column, "lm2 on", of seeds 0 and 1. A
 cell is the median of the seeds (of an even number the lower of the middle two), Wilson's interval for that
@@ -140,6 +141,31 @@ def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
+def side_by_side(cells: list[dict], columns: list[str] | None = None, which: str = "exact") -> str:
+    """The table with the tasks side by side: a line a length and column, and one of the best constant
+    answers; of tasks the median seed's share alone, of means also its interval."""
+    _, n_key, hits_key, floor_key = BLOCKS[which]
+    there = by_column(cells)
+    tasks = sorted({c["task"] for c in cells}, key=lambda task: int(task[2:]))
+    groups = {t: [t] for t in tasks} | {g: of for g, of in GROUPS.items() if set(of) <= set(tasks)}
+    rows = [["length", "column", *groups], ["---"] * (2 + len(groups))]
+    for length in sorted({c["length"] for c in cells}):
+        floors = ["-"] * len(groups)
+        for name in choose("--columns", columns, list(there)):
+            row = []
+            for i, (group, members) in enumerate(groups.items()):
+                text = "-"
+                if found := pick(there[name], members, length, n_key):
+                    most = middle(found, n_key, hits_key)
+                    text = percent(*pooled(most, n_key, hits_key)).replace(",", ", ")
+                    floors[i] = f"{100 * share(most, n_key, floor_key):.1f}"
+                row.append(text if len(members) > 1 else text.split(" ")[0])
+            if set(row) != {"-"}:
+                rows.append([length_name(length), name, *row])
+        rows.append([length_name(length), "floor", *floors])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m data.seeds", __doc__.split("\n")[0])
     parser.add_argument("figures", metavar="FILE", nargs="+",
@@ -148,12 +174,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--which", default="exact", choices=("exact", "outside", "official"),
                         help="exact match; of facts outside the window; the benchmark's own metric "
                              "(default exact)")
-    parser.add_argument("--across", default="models", choices=("models", "lengths"),
+    parser.add_argument("--across", default="models", choices=("models", "lengths", "tasks"),
                         help="what stands side by side (default models)")
     args = parser.parse_args(argv)
     with one_line("python -m data.seeds"):
         cells = sum(map(load_figures, args.figures), [])
-        print(markdown(cells, args.columns, args.which, args.across))
+        print(side_by_side(cells, args.columns, args.which) if args.across == "tasks" else
+              markdown(cells, args.columns, args.which, args.across))
 
 
 if __name__ == "__main__":

@@ -740,14 +740,23 @@ def test_a_compiled_model_has_its_names_and_decodes_token_by_token_and_with_a_tr
     assert torch.equal(fast.generate(prompt, 2 * S), model.generate(prompt, 2 * S))
 
 
+def test_what_wants_no_gradient_makes_no_graphs_of_its_own(compiled, monkeypatch):
+    model, fast = compiled
+    for block in fast.layers:
+        monkeypatch.setattr(block, "fast", [None, None, None])      # nothing that could be called
+    with torch.no_grad():
+        near(fast(text(2, 2 * S))[0], model(text(2, 2 * S))[0], 1e-5)
+    with pytest.raises(TypeError):
+        fast(text(2, 2 * S))
+
+
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")),
                     reason="on a CPU torch.compile needs a C++ compiler, and neither g++ nor clang++ is here")
-@torch.no_grad()
 def test_compiled_to_machine_code_a_document_has_the_same_logits():
     torch.compiler.reset()
-    model = build(dtype=torch.float32, n_layer=1)
+    model = build(dtype=torch.float32, n_layer=1).requires_grad_(False)     # no graphs for gradients
     fast, idx = copy.deepcopy(model), text(2, 2 * S)
-    quick = {"compile_threads": 1, "cpp.simdlen": 1}    # no pool of processes, no vectors: half the time
+    quick = {"compile_threads": 1, "cpp.simdlen": 1}    # no pool of processes, no vectors: half of that
     with torch._inductor.config.patch(quick):
         compile_blocks(fast)
         near(fast(idx)[0], model(idx)[0], 1e-5)

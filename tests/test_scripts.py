@@ -487,6 +487,43 @@ def test_a_run_ends_with_a_learning_rate_of_zero_so_many_tokens_into_its_last_st
     assert steps[-1]["lr"] == pytest.approx(2e-3 * (1 - done) / c.decay, abs=1e-6)
 
 
+def test_a_run_ends_with_a_learning_rate_of_zero_at_so_many_minutes_those_before_resuming_included(
+        fit, tmp_path, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(train.time, "perf_counter", lambda: float(next(clock)))     # a second a look at it
+    flags = ["--tokens", "1000000", "--stages", "2:0", "--eval_every", "1000000", "--table_n", "1"]
+    fit(tmp_path, *flags, "--total_minutes", "1", "--decay", "0.5", "--minutes", "0.5")
+    half = content(tmp_path, "progress")["progress"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main(["--resume", "--out_dir", str(tmp_path)])
+    *_, seconds = content(tmp_path, "progress")["progress"]
+    assert 30 <= half[-1] < 34 and 60 <= seconds < 64
+    rates = {x["seconds"]: x["lr"] for x in lines(tmp_path / "metrics.jsonl") if "loss" in x}
+    assert min(rates.values()) < 0.1 * max(rates.values()) == pytest.approx(0.1 * train.TrainConfig.lr)
+    assert all(rate == pytest.approx(train.TrainConfig.lr) for at, rate in rates.items() if 15 < at < 30)
+
+
+def test_a_run_can_start_from_the_weights_of_another_and_of_its_sizes(folder, fit, tmp_path):
+    fit(tmp_path / "a", "--tokens", "600", "--stages", "2:0", "--n_slot", "3")
+    flags = ["--background", str(folder), "--tokens", "600", "--stages", "2:0", "--seed", "5"]
+    began = train.Trainer(*train.read_flags(
+        ["--init", str(tmp_path / "a" / "ckpt.pt"), "--out_dir", str(tmp_path / "b"), *flags]))
+    kept = content(tmp_path / "a", "model", "config")
+    assert same_tensors(began.model.state_dict(), kept["model"]) and began.model.cfg.n_slot == 3
+    assert (began.step, began.tokens) == (0, 0) and not began.optimizer.state_dict()["state"]
+
+
+def test_what_is_shorter_than_a_segment_is_one_that_writes_nothing(folder, tmp_path, monkeypatch):
+    seen, real = [], LM2.forward
+    monkeypatch.setattr(LM2, "forward", lambda self, idx, *a, segment_len, write, **k: seen.append(
+        (idx.shape[1], segment_len, write)) or real(self, idx, *a, segment_len=segment_len, write=write, **k))
+    for stage in "2:0", "12:2:32":
+        make(folder, tmp_path, "--stages", stage, "--plain", "0.5").train_step()
+    (short, *of_short), (long, *of_long) = seen
+    assert short < 64 and of_short == [short, False]
+    assert long > 32 and long % 32 == 0 and of_long == [32, True]
+
+
 def test_a_run_that_is_interrupted_does_not_save_a_gradient_that_is_not_finite(folder, tmp_path, monkeypatch):
     trainer = make(folder, tmp_path)
     spoil(monkeypatch, 1)
@@ -858,7 +895,8 @@ def test_a_temperature_gives_the_same_words_for_the_same_seed_and_others_for_ano
     (["--device", "gpu7"], "gpu7"), (["--threads", "-1"], "-1"), (["--resume", "--n_embd", "32"], "--n_embd"),
     (["--resume", "--tokens", "99"], "--tokens"), (["--resume", "--log_every", "5"], "--log_every"),
     (["--workers", "-1"], "workers -1"), (["--clip", "-1"], "clip -1"), (["--lr", "-1"], "-1"),
-    (["--stories", "no/babi"], "no/babi"),
+    (["--stories", "no/babi"], "no/babi"), (["--init", "no/ckpt.pt"], "--ffn_dim"),
+    (["--total_minutes", "0"], "total_minutes 0"),
     (["--lr", "nan"], "nan"),
 ])
 def test_train_names_a_flag_that_cannot_be(capsys, tmp_path, folder, flags, named):
