@@ -15,6 +15,8 @@ on 8, 16, 26 facts to 95, 82, 69; three times as many points bring no more in eq
 of 16, not 64 in heads of 8 (as good after half the tokens, each 1.8 times as dear); a rate that falls from
 half way (at a constant one 12 M tokens brought qa2 nothing); qa4 alone late, when the rate is low (78 to 98
 % in 300 steps; early it stood at 87 after 1,500, and qa1 fell from 92 to 60).
+qa1-10, what helped: a rate of 5e-4, not 1e-3 or more, at width 256 (README); 6 blocks, not 4 (at width 96
+the first stage took 560 steps, not 950). qa4 early is no trouble then, and needs no stages of its own late.
 """
 from lm2 import PRESETS, LM2Config
 
@@ -69,5 +71,8 @@ def knobs(recipe: str | None, preset: str | None, sizes: dict) -> dict:
     if recipe not in RECIPES:
         raise ValueError(f"--recipe {recipe!r} is unknown: choose from {', '.join(RECIPES)}")
     made = dict(recipe=recipe) | RECIPES[recipe][""]
-    kind = LM2Config(**PRESETS.get(preset or made["preset"], {}) | sizes).kind
-    return made | RECIPES[recipe].get("full" if name.endswith("-full") and kind == "llama" else kind, {})
+    cfg = LM2Config(**PRESETS.get(preset or made["preset"], {}) | sizes)
+    made |= RECIPES[recipe].get("full" if name.endswith("-full") and cfg.kind == "llama" else cfg.kind, {})
+    if cfg.segment_len < 512 and "stages" in made:      # where 512 are too many it takes segments of its own
+        made["stages"] = made["stages"].replace(":512@", "@")
+    return made
