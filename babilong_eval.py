@@ -105,12 +105,14 @@ def batches(n: int, size: int, pairs: bool) -> list[range]:
 def ask(model: LM2, tokenizer: Tokenizer, documents: list[Document], modes: Iterable[str], rag: int
         ) -> dict[str, tuple[list[str], list[bool | None], float]]:
     """Answers to a batch in each mode, whether retrieval found what is needed, and the seconds a document.
-    On a GPU layers multiply in bfloat16, as in training."""
+    On a GPU layers multiply in bfloat16."""
     modes, out, prompts = list(modes), {}, [d.prompt() for d in documents]
     start, reading = time.perf_counter(), 0.0
     with torch.autocast("cuda", torch.bfloat16, model.norm.weight.is_cuda):
         if {"on", "other"} & set(modes):
             state = carried(model, prompts)
+            if model.norm.weight.is_cuda:
+                torch.cuda.synchronize()
             reading = time.perf_counter() - start
         for mode in modes:
             found, start = [None] * len(documents), time.perf_counter()
@@ -268,6 +270,7 @@ def run(args) -> None:
         prints = check_cells(samples, tasks, counts)
         settings.append(dict(model=name, checkpoint=digest, source=args.source, **prints)
                         | (dict(rag=args.rag) if args.rag else {})
+                        | (dict(bfloat16=True) if device.type == "cuda" else {})
                         | (dict(seed=args.seed, count=args.count, background=text) if text else {}))
     if len(sources) > 1 and args.count == "own":
         print("lengths are in each model's own tokens, so the texts differ: --count chars makes them equal")

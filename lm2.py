@@ -462,7 +462,7 @@ class LM2(nn.Module):
              tokens_a_call: int | None = None) -> tuple[Tensor, LM2State]:
         """Read a document of any length at constant memory, by segments: idx (B, T) -> last logits (B, V)."""
         state = state or self.initial_state(idx.shape[0])
-        tokens_a_call = tokens_a_call or (131_072 if idx.is_cuda else 4096)     # a GPU is slow at little work
+        tokens_a_call = tokens_a_call or (2**25 // self.cfg.n_embd if idx.is_cuda else 4096)  # GPUs want much
         step = max(1, tokens_a_call // (idx.shape[0] * state.segment_len)) * state.segment_len
         for at in range(-state.fill, max(1, idx.shape[1]), step):  # once at least: it refuses an empty idx
             logits, _, state = self(idx[:, max(0, at):at + step], state=state, keep="last", write=write)

@@ -45,12 +45,12 @@ class TrainConfig:
     preset: str = "cpu"                 # model of lm2.PRESETS, else the recipe's; flags of sizes win over it
     recipe: str = "qa1"                 # of data/recipes.py, else the preset's: qa1, qa1-5 or qa1-10
     out_dir: str = "out"                # folder for ckpt.pt, metrics.jsonl and table.jsonl
-    init: str | None = None             # checkpoint to start from, of its sizes; None: random weights
+    init: str | None = None             # checkpoint whose weights, sizes and recipe to start with; None: anew
     tasks: str = "qa1"                  # bAbI tasks to train on and to evaluate, with spaces between
     stages: str = "2:0 4:0 10:0 4:2:32 4:3:32 10:4:32 10:8:32 10:16:64 10:16 10:32"  # see Stage
     tokens: int = 10_000_000            # tokens to train on at most; the learning rate ends at 0 there ...
     final_tokens: int = 1_500_000       # ... or after so many in the last stage, whichever comes first ...
-    total_minutes: float | None = None  # ... or after so many minutes, those before a --resume included
+    total_minutes: float | None = None  # ... or after so many minutes, with compiling, before --resume too
     whole: bool = False                 # a document is one segment, whatever its stage says: full attention
     batch_size: int = 16                # most documents in a micro-batch
     batch_tokens: int = 4096            # most tokens in a micro-batch: long documents come in smaller ones
@@ -65,7 +65,7 @@ class TrainConfig:
     stage_steps: int = 1500             # ... or after so many steps
     lr: float = 2e-3                    # learning rate
     warmup: int = 100                   # steps from learning rate 0 to lr
-    decay: float = 0.25                 # ... and share of the tokens over which it falls to 0 at the end
+    decay: float = 0.25                 # ... and share of the run over which it falls to 0 at the end
     weight_decay: float = 0.1           # of matrices, AdamW
     beta2: float = 0.98                 # AdamW; beta1 is 0.9
     clip: float = 1.0                   # longest gradient, norm over all parameters
@@ -127,8 +127,13 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     resume = given.pop("resume")
     own = {f.name: given[f.name] for f in fields(TrainConfig) if f.name in given}
-    sizes = {k: v for k, v in given.items() if k not in own}
-    c = TrainConfig(**knobs(given.get("recipe"), given.get("preset"), sizes) | own)
+    sizes, recipe = {k: v for k, v in given.items() if k not in own}, given.get("recipe")
+    if (init := given.get("init")) and not resume:
+        if wrong := sorted(sizes) or ["preset"] * ("preset" in given):
+            raise ValueError(f"--init {init} has sizes of its own: leave --{wrong[0]} out")
+        model, _, content = load_checkpoint(init)
+        sizes, recipe = asdict(model.cfg), recipe or content.get("train", {}).get("recipe")
+    c = TrainConfig(**knobs(recipe, given.get("preset"), sizes) | own)
     return c, PRESETS[c.preset] | sizes, resume, given
 
 
@@ -164,7 +169,7 @@ def help_step(rank: int, model: LM2, order: tuple[Stage, int], maker: Maker, pro
 
 
 class Trainer:
-    """A run: what `save` writes is all that it needs to go on bit for bit."""
+    """A run: what `save` writes (and under --total_minutes the clock) decides bit for bit how it goes on."""
 
     def __init__(self, c: TrainConfig, sizes: dict, resume: bool, given: dict):
         self.ckpt = Path(c.out_dir, "ckpt.pt")
@@ -181,8 +186,6 @@ class Trainer:
         elif self.ckpt.exists():
             raise ValueError(f"{self.ckpt} is there already: go on with --resume, or give another --out_dir")
         elif c.init:
-            if wrong := sorted({"preset", *(f.name for f in fields(LM2Config))} & set(given)):
-                raise ValueError(f"--init {c.init} has sizes of its own: leave --{wrong[0]} out")
             self.model, self.tokenizer, _ = load_checkpoint(c.init)
         else:
             self.tokenizer = load()
@@ -344,8 +347,8 @@ class Trainer:
 
     def run(self) -> None:
         c, began, before = self.c, time.perf_counter(), self.seconds
-        bar = tqdm(total=c.tokens, initial=self.tokens, unit="tok", unit_scale=True, disable=None,
-                   smoothing=0.05)
+        bar = tqdm(total=None if c.total_minutes else c.tokens, initial=self.tokens, unit="tok",
+                   unit_scale=True, disable=None, smoothing=0.05)
         validated, rates = self.tokens // c.eval_every, []
         while True:
             self.seconds = before + time.perf_counter() - began

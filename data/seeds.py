@@ -143,14 +143,14 @@ def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "
 
 def side_by_side(cells: list[dict], columns: list[str] | None = None, which: str = "exact") -> str:
     """The table with the tasks side by side: a line a length and column, and one of the best constant
-    answers; of tasks the median seed's share alone, of means also its interval."""
+    answers with the samples a task; of tasks the median seed's share alone, of means also its interval."""
     _, n_key, hits_key, floor_key = BLOCKS[which]
     there = by_column(cells)
     tasks = sorted({c["task"] for c in cells}, key=lambda task: int(task[2:]))
     groups = {t: [t] for t in tasks} | {g: of for g, of in GROUPS.items() if set(of) <= set(tasks)}
     rows = [["length", "column", *groups], ["---"] * (2 + len(groups))]
     for length in sorted({c["length"] for c in cells}):
-        floors = ["-"] * len(groups)
+        floors, sizes = ["-"] * len(groups), {0}
         for name in choose("--columns", columns, list(there)):
             row = []
             for i, (group, members) in enumerate(groups.items()):
@@ -158,11 +158,15 @@ def side_by_side(cells: list[dict], columns: list[str] | None = None, which: str
                 if found := pick(there[name], members, length, n_key):
                     most = middle(found, n_key, hits_key)
                     text = percent(*pooled(most, n_key, hits_key)).replace(",", ", ")
-                    floors[i] = f"{100 * share(most, n_key, floor_key):.1f}"
+                    sizes |= {c[n_key] for c in most}
+                    if floors[i] == "-":
+                        floors[i] = f"{100 * share(most, n_key, floor_key):.1f}"
                 row.append(text if len(members) > 1 else text.split(" ")[0])
             if set(row) != {"-"}:
                 rows.append([length_name(length), name, *row])
-        rows.append([length_name(length), "floor", *floors])
+        least, most = min(sizes - {0} or sizes), max(sizes)
+        n = f"n = {least}" + f" to {most}" * (most > least)
+        rows.append([length_name(length), f"floor, {n}", *floors])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -510,6 +510,8 @@ def test_a_run_can_start_from_the_weights_of_another_and_of_its_sizes(folder, fi
         ["--init", str(tmp_path / "a" / "ckpt.pt"), "--out_dir", str(tmp_path / "b"), *flags]))
     kept = content(tmp_path / "a", "model", "config")
     assert same_tensors(began.model.state_dict(), kept["model"]) and began.model.cfg.n_slot == 3
+    assert began.c.recipe == "qa1"
+    assert train.read_flags(["--init", str(ROOT / "assets/five.pt")])[0].recipe == "qa1-5"
     assert (began.step, began.tokens) == (0, 0) and not began.optimizer.state_dict()["state"]
 
 

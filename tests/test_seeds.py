@@ -60,11 +60,14 @@ def test_with_the_tasks_side_by_side_a_line_is_a_length_and_a_column_and_means_h
     assert table[0] == "| length | column | qa1 | qa2 | qa3 | qa4 | qa5 | qa1-5 |"
     assert table[2:] == ["| 0k | lm2 on | 50.0 | 60.0 | 70.0 | 80.0 | 90.0 | 70.0 [67, 73] |",
                          "| 0k | rmt on | 100 | - | - | - | - | - |",
-                         "| 0k | floor | 20.0 | 20.0 | 20.0 | 20.0 | 20.0 | 20.0 |",
+                         "| 0k | floor, n = 200 | 20.0 | 20.0 | 20.0 | 20.0 | 20.0 | 20.0 |",
                          "| 1k | rmt on | 15.0 | - | - | - | - | - |",
-                         "| 1k | floor | 20.0 | - | - | - | - | - |"]
+                         "| 1k | floor, n = 200 | 20.0 | - | - | - | - | - |"]
     far = seeds.side_by_side(CELLS, ["lm2 on"], "outside").split("\n")
-    assert far[2:] == ["| 0k | floor | - |", "| 16k | lm2 on | 50.0 |", "| 16k | floor | 50.0 |"]
+    assert far[2:] == ["| 0k | floor, n = 0 | - |", "| 16k | lm2 on | 50.0 |",
+                       "| 16k | floor, n = 100 | 50.0 |"]
+    few = made("rmt", 30) | dict(n=40, floor=10)            # the floor is the first column's
+    assert seeds.side_by_side([CELLS[0], few]).split("\n")[-1] == "| 0k | floor, n = 40 to 200 | 20.0 |"
 
 
 def test_a_column_with_fewer_samples_says_so_and_has_a_floor_of_its_own():
