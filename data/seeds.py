@@ -150,7 +150,7 @@ def side_by_side(cells: list[dict], columns: list[str] | None = None, which: str
     groups = {t: [t] for t in tasks} | {g: of for g, of in GROUPS.items() if set(of) <= set(tasks)}
     rows = [["length", "column", *groups], ["---"] * (2 + len(groups))]
     for length in sorted({c["length"] for c in cells}):
-        floors, sizes = ["-"] * len(groups), {0}
+        floors, sizes = ["-"] * len(groups), set()
         for name in choose("--columns", columns, list(there)):
             row = []
             for i, (group, members) in enumerate(groups.items()):
@@ -164,9 +164,9 @@ def side_by_side(cells: list[dict], columns: list[str] | None = None, which: str
                 row.append(text if len(members) > 1 else text.split(" ")[0])
             if set(row) != {"-"}:
                 rows.append([length_name(length), name, *row])
-        least, most = min(sizes - {0} or sizes), max(sizes)
-        n = f"n = {least}" + f" to {most}" * (most > least)
-        rows.append([length_name(length), f"floor, {n}", *floors])
+        if sizes := sorted(sizes):
+            n = f"n = {sizes[0]}" + f" to {sizes[-1]}" * (len(sizes) > 1)
+            rows.append([length_name(length), f"floor, {n}", *floors])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

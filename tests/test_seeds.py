@@ -64,8 +64,7 @@ def test_with_the_tasks_side_by_side_a_line_is_a_length_and_a_column_and_means_h
                          "| 1k | rmt on | 15.0 | - | - | - | - | - |",
                          "| 1k | floor, n = 200 | 20.0 | - | - | - | - | - |"]
     far = seeds.side_by_side(CELLS, ["lm2 on"], "outside").split("\n")
-    assert far[2:] == ["| 0k | floor, n = 0 | - |", "| 16k | lm2 on | 50.0 |",
-                       "| 16k | floor, n = 100 | 50.0 |"]
+    assert far[2:] == ["| 16k | lm2 on | 50.0 |", "| 16k | floor, n = 100 | 50.0 |"]   # at 0k nothing is
     few = made("rmt", 30) | dict(n=40, floor=10)            # the floor is the first column's
     assert seeds.side_by_side([CELLS[0], few]).split("\n")[-1] == "| 0k | floor, n = 40 to 200 | 20.0 |"
 
