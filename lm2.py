@@ -21,7 +21,7 @@ Where the paper is silent or its shapes do not fit, a comment says `paper silent
 """
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Callable, Iterator
 
 import torch
@@ -159,7 +159,7 @@ def rope_frequencies(cfg: LM2Config) -> tuple[float, ...]:
     return tuple(freq)
 
 
-@lru_cache(maxsize=32)
+@cache
 @torch.inference_mode(False)
 def turn_table(freq: tuple[float, ...], length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """cos and sin of positions 0 .. length of a segment, (length, D/H/2, 2); made once, then read."""
@@ -429,7 +429,8 @@ class LM2(nn.Module):
         blocks, mem, x = list(state.blocks), state.mem, self.tok_embeddings(idx)            # (B, T, D)
         K = 0 if mem is None else mem.shape[1]
         turns = turn_table(self.freq, S + 2 * K, self.dtype, x.device)          # (S + 2 K, D/H/2, 2)
-        run = partial(checkpoint, use_reentrant=False) if recompute else lambda block, *args: block(*args)
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)          # nothing is random
+        run = again if recompute else lambda block, *args: block(*args)
         while start < T:  # pieces: the rest of the open segment, all whole segments at once, what is left
             n = min(T - start, S - fill) if fill or K else (T - start) // S * S or T - start
             piece, before, behind = x[:, start:start + n], K * (fill == 0), K * (write and fill + n == S)

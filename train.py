@@ -16,7 +16,7 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ from data.babilong import Builder
 from data.batches import Batch, Batches, Maker, Stage
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.cli import Parser, one_line
-from data.device import bfloat16_layers, check_compiler, compile_blocks, keep_freed_memory, pick_device
+from data.device import (CudaGraphs, bfloat16_layers, check_compiler, compile_blocks, keep_freed_memory,
+                         pick_device)
 from data.document import length_name, parse_length
 from data.helpers import Helpers
 from data.metrics import cells, table
@@ -77,6 +78,7 @@ class TrainConfig:
     workers: int | None = None          # processes that make batches ahead; None: 4 with CUDA, else 0
     compile: bool = False               # torch.compile: minutes at first, then faster; a CPU needs g++
     bfloat16: bool | None = None        # layers multiply in bfloat16; None: with CUDA alone. A CPU needs AMX
+    graphs: bool = True                 # with CUDA: a step is a CUDA graph, of which Python launches one
     recompute: bool = False             # activation checkpointing: less memory, a third more work
     minutes: float | None = None        # stop after so long, save and evaluate; --resume goes on
     log_every: int = 10                 # steps between lines of metrics.jsonl, at which stages may end
@@ -113,7 +115,7 @@ def learning_rate(c: TrainConfig, step: int, done: float) -> float:
     return c.lr * min(1.0, (step + 1) / max(1, c.warmup)) * min(1.0, max(0.0, 1 - done) / c.decay)
 
 
-ANEW = ("out_dir minutes total_minutes device threads processes workers compile bfloat16 recompute "
+ANEW = ("out_dir minutes total_minutes device threads processes workers compile bfloat16 graphs recompute "
         "eval_every eval_n table_lengths table_n").split()
 
 
@@ -137,22 +139,31 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
     return c, PRESETS[c.preset] | sizes, resume, given
 
 
+def add_gradient(model: LM2, c: TrainConfig, segment_len: int, write: bool, idx: Tensor, targets: Tensor,
+                 keep: Tensor, words: Tensor) -> Tensor:
+    """Add a micro-batch's gradient to the parameters'; of its answers (3,): loss, right, all. Nothing in it
+    waits for the device."""
+    with torch.autocast("cuda", torch.bfloat16, idx.is_cuda and c.bfloat16 is not False):
+        logits, loss, _ = model(idx, targets, keep=keep, segment_len=segment_len, write=write,
+                                recompute=c.recompute)
+    (loss / c.accumulate).backward()
+    right = ((logits.argmax(-1) == targets.flatten()[keep]) & words).sum()
+    return torch.stack([loss.detach() / c.accumulate, right, words.sum()])
+
+
 def add_gradients(model: LM2, batches: Iterator[Batch], stage: Stage, n: int, c: TrainConfig,
-                  device: torch.device) -> tuple[int, bool, Tensor]:
-    """Add the gradient of n of a step's micro-batches to the parameters'. Nothing in it waits for the device:
-    tokens, whether the documents are the stage's longest; and of the answers [loss, right, all]."""
+                  device: torch.device, run: Callable[..., Tensor]) -> tuple[int, bool, Tensor]:
+    """The gradients of n of a step's micro-batches by `run`, which does what `add_gradient` does: tokens,
+    whether the documents are the stage's longest, and the sum of what it returns."""
     tokens, sums = 0, torch.zeros(3, device=device)
     for _ in range(n):
-        batch = next(batches)
-        tokens, asked = tokens + batch.idx.numel(), int(batch.words.sum())      # on the host
-        T = batch.idx.shape[1]      # what is shorter than a segment is a whole one for itself, and the last
-        batch, segment_len = batch.to(device), T if c.whole else min(T, stage.segment_len)
-        with torch.autocast("cuda", torch.bfloat16, device.type == "cuda" and c.bfloat16 is not False):
-            logits, loss, _ = model(batch.idx, batch.targets, keep=batch.keep, segment_len=segment_len,
-                                    write=T > segment_len, recompute=c.recompute)
-        (loss / c.accumulate).backward()
-        right = ((logits.argmax(-1) == batch.targets.flatten()[batch.keep]) & batch.words).sum()
-        sums += torch.stack([loss.detach() / c.accumulate, right, torch.full_like(right, asked)])
+        batch, S = next(batches).to(device), stage.segment_len
+        T, tokens = batch.idx.shape[1], tokens + batch.idx.numel()
+        if device.type == "cuda":   # few shapes, so few graphs
+            T = T if T >= S else min(S, T + -T % 128)
+            batch = batch.padded(T, 1024)
+        S = T if c.whole else min(S, T)     # what is shorter than a segment is a whole one, and the last
+        sums += run(model, c, S, T > S, *batch[:4])
     return tokens, batch.longest, sums
 
 
@@ -164,7 +175,7 @@ def help_step(rank: int, model: LM2, order: tuple[Stage, int], maker: Maker, pro
         compile_blocks(model)
     mine = range(first + rank, first + c.accumulate, processes)
     tokens, longest, sums = add_gradients(model, (maker[stage, i][1] for i in mine), stage, len(mine), c,
-                                          torch.device("cpu"))
+                                          torch.device("cpu"), add_gradient)
     return tokens, longest, sums.tolist()
 
 
@@ -237,6 +248,11 @@ class Trainer:
         torch.set_num_threads(self.threads[1])
         if c.compile:
             compile_blocks(self.model, dynamic=True if cuda else None)
+        self.graphs, self.add_gradient = cuda and c.graphs, add_gradient
+        if self.graphs:
+            for p in self.model.parameters():
+                p.grad = torch.zeros_like(p)    # a graph adds to them where they are
+            self.add_gradient = CudaGraphs(add_gradient)
         self.pending: list[tuple] = []  # of each step since the last line: numbers still on the device
         self.ckpt.parent.mkdir(parents=True, exist_ok=True)
         path, kept = self.ckpt.with_name("metrics.jsonl"), []
@@ -279,11 +295,11 @@ class Trainer:
             group["lr"] = learning_rate(c, self.step, self.done)
         self.helpers.start((stage, self.step * c.accumulate))
         results = [add_gradients(self.model, self.batches, stage, c.accumulate // self.processes, c,
-                                 self.device)]
+                                 self.device, self.add_gradient)]
         results += self.helpers.finish()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.graphs)
         self.step, self.stage_step = self.step + 1, self.stage_step + 1
         self.tokens += sum(tokens for tokens, _, _ in results)
         loss, right, asked = sum(torch.as_tensor(numbers, device=self.device) for _, _, numbers in results)

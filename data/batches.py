@@ -14,6 +14,7 @@ from typing import Iterator, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -65,6 +66,15 @@ class Batch(NamedTuple):
         """On a device, without waiting where the batch is pinned."""
         moved = (x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self)
         return Batch(*moved)
+
+    def padded(self, width: int, answers: int) -> "Batch":
+        """On the right to so many columns, keep and words to a multiple of so many answers (of the first
+        position, at which nothing is asked): fewer different shapes."""
+        T = self.idx.shape[1]
+        right, more = (0, width - T), (0, -len(self.keep) % answers)
+        keep = self.keep + self.keep // T * (width - T)     # a row begins so much later for each before it
+        return Batch(F.pad(self.idx, right), F.pad(self.targets, right, value=-1), F.pad(keep, more),
+                     F.pad(self.words, more), self.longest)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""What the machine has: the device, the memory used, and how freed memory is treated.
+"""What the machine has: the device, graphs and compiled blocks on it, the memory used, how it is treated.
 
-    from data.device import pick_device, compile_blocks, bfloat16_layers, peak_memory, keep_freed_memory
+    from data.device import pick_device, compile_blocks, CudaGraphs, bfloat16_layers, peak_memory
 
 Writes nothing.
 """
@@ -9,6 +9,7 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -49,6 +50,35 @@ def compile_blocks(model: nn.Module, **options) -> None:
     for block in model.layers:
         parts = block.before, block.memory and block.memory.step, block.after
         block.fast = tuple(part and torch.compile(part, fullgraph=True, **options) for part in parts)
+
+
+class CudaGraphs:
+    """f(*values, *tensors) -> Tensor on a GPU, as a CUDA graph for each set of values and shapes, recorded when
+    that comes a second time (the first compiles and loads its kernels): one launch for thousands of small
+    kernels, which would wait for Python else. f must not wait for the device; the gradients that it adds to
+    and all else that it reads must stay in place. The graphs share their memory: one runs at a time."""
+
+    def __init__(self, f: Callable[..., Tensor]):
+        self.f, self.pool, self.graphs = f, torch.cuda.graph_pool_handle(), {}
+
+    def __call__(self, *args) -> Tensor:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        values = args[:len(args) - len(tensors)]
+        key = *values, *(t.shape for t in tensors)
+        if key not in self.graphs:
+            self.graphs[key], output = None, self.f(*args)
+            torch.cuda.empty_cache()            # the graphs take theirs from a pool of their own
+            return output
+        if self.graphs[key] is None:
+            inputs, graph = [t.clone() for t in tensors], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                output = self.f(*values, *inputs)
+            self.graphs[key] = graph, inputs, output
+        graph, inputs, output = self.graphs[key]
+        for own, given in zip(inputs, tensors):
+            own.copy_(given)
+        graph.replay()
+        return output.clone()
 
 
 def bfloat16_layers(model: nn.Module) -> None:

@@ -168,6 +168,21 @@ def test_half_of_the_documents_with_background_and_more_of_those_with_many_facts
     assert all(map(same, made(train_set, PLAIN, range(3), asides=3), made(train_set, PLAIN, range(3))))
 
 
+@pytest.mark.parametrize("stage", [PLAIN, LONG])
+def test_a_padded_batch_asks_the_same_of_the_same_tokens(tok, train_set, stage):
+    for batch in made(train_set, stage, range(5), size=8):
+        rows, T = batch.idx.shape
+        wide = batch.padded(T + 96, 64)
+        assert wide.idx.shape == wide.targets.shape == (rows, T + 96) and len(wide.keep) % 64 == 0
+        assert torch.equal(wide.idx[:, :T], batch.idx) and torch.equal(wide.targets[:, :T], batch.targets)
+        assert not wide.idx[:, T:].any() and (wide.targets[:, T:] == -1).all()
+        n, asked = len(batch.keep), wide.targets.flatten()[wide.keep]
+        assert len(wide.keep) - n < 64 and wide.longest == batch.longest
+        assert torch.equal(asked[:n], batch.targets.flatten()[batch.keep]) and (asked[n:] == -1).all()
+        assert torch.equal(wide.words[:n], batch.words) and not wide.words[n:].any()
+        assert same(batch.padded(T, 1), batch)
+
+
 # In turn
 
 def given(builder, workers, steps, start=0, stages=((0, LONG),)):

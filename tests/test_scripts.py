@@ -27,7 +27,7 @@ import train
 from data import babi, babilong, checkpoint, predictions
 from data.batches import Batches, Stage
 from data.checkpoint import load_checkpoint, save_checkpoint
-from data.device import peak_memory
+from data.device import CudaGraphs, peak_memory
 from data.metrics import cells, table
 from data.recipes import RECIPES
 from data.tokenizer import load
@@ -446,9 +446,62 @@ def test_no_number_is_fetched_within_a_step_and_all_of_them_at_once_behind_it(fo
     assert {x.device.type for x in numbers[1]} == {"meta"}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("flags", [[], ["--compile"], ["--n_mem_token", "4"], ["--recompute"]])
+def test_a_step_as_a_cuda_graph_has_the_gradient_and_the_numbers_of_one_without(folder, tmp_path, flags):
+    trainer = make(folder, tmp_path, "--stages", "3:2", "--device", "cuda", "--no-bfloat16", *flags)
+    ends, parameters = [], list(trainer.model.parameters())
+    for run in trainer.add_gradient, train.add_gradient:
+        trainer.batches.enter(trainer.stages[0])
+        trainer.batches.number = trainer.batches.given = 0
+        for _ in range(20):     # of few shapes: first seen, recorded, replayed
+            torch._foreach_zero_([p.grad for p in parameters])
+            _, _, numbers = train.add_gradients(trainer.model, trainer.batches, trainer.stages[0], 1, trainer.c,
+                                                trainer.device, run)
+            ends.append([numbers, *(p.grad.clone() for p in parameters)])
+    assert any(trainer.add_gradient.graphs.values())
+    for a, b in zip(itertools.chain(*ends[:20]), itertools.chain(*ends[20:])):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_a_graph_is_recorded_at_a_shapes_second_call_and_replayed_with_what_it_is_given(monkeypatch):
+    """On any machine, with graphs that write down a call and make it when they are replayed."""
+    recording, made = [], []
+
+    def f(factor, x, y):
+        if not recording:
+            return torch.stack([factor * x.sum(), y.sum()])
+        recording[0].call = factor, x, y, torch.full((2,), math.nan)
+        return recording[0].call[-1]
+
+    class Graph:
+        def __init__(self):
+            made.append(self)
+
+        def replay(self):
+            *call, output = self.call
+            output.copy_(f(*call))
+
+    @contextlib.contextmanager
+    def record(graph, **_):
+        recording.append(graph)
+        yield
+        recording.clear()
+
+    for name, fake in dict(CUDAGraph=Graph, graph=record, graph_pool_handle=int, empty_cache=int).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    run, kept = CudaGraphs(f), []
+    for calls in range(4):
+        for factor, n in (1, 3), (2, 3), (1, 5):
+            x, y = torch.rand(n), torch.rand(2)
+            kept.append((run(factor, x, y), f(factor, x, y)))
+        assert len(made) == (3 if calls else 0)
+    assert all(torch.equal(a, b) for a, b in kept), "an answer is not of its call, or changed behind it"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA can say that a step has waited for it")
 def test_a_step_does_not_wait_for_the_gpu(folder, tmp_path):
-    trainer = make(folder, tmp_path, "--stages", "3:2", "--device", "cuda", "--workers", "0")
+    trainer = make(folder, tmp_path, "--stages", "3:2", "--device", "cuda", "--workers", "0", "--no-graphs")
     trainer.train_step()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -587,7 +640,7 @@ def test_tokens_per_second_are_those_of_the_steps_since_the_line_before_without_
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux hands a child its parent's peak")
 def test_the_peak_memory_of_a_child_of_a_large_parent_is_its_own():
     large = bytearray(b"x") * 2**30             # a gigabyte; torch takes a third of that
-    done = subprocess.run([sys.executable, "-c", "from data.device import peak_memory; print(peak_memory())"],
+    done = subprocess.run([sys.executable, "-c", "from data.device import CudaGraphs, peak_memory; print(peak_memory())"],
                           cwd=ROOT, stdout=subprocess.PIPE, check=True)
     assert 2**26 < int(done.stdout) < len(large) // 2 and peak_memory() > len(large)
 
