@@ -45,7 +45,7 @@ class LM2Config:
     n_mem_layer: int | None = None      # first n blocks with memory (paper Fig. 5); None: all, 0: plain Llama
     n_mem_token: int = 0                # K, memory tokens of an RMT (arXiv 2207.06881), which has no banks
     rope_theta: float = 10000.0         # base of the rotary angles
-    rope_scaling: dict | None = None    # Llama-3.x: slower long waves; its four keys as in PRESETS
+    rope_scaling: dict | None = None    # Llama-3.x: slower long waves; its four keys as in data/recipes.py
     norm_eps: float = 1e-5              # added to the mean square in RMSNorm
     tie_embeddings: bool = False        # output head = token embedding
 
@@ -80,28 +80,6 @@ class LM2Config:
         want = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
         if self.rope_scaling is not None and (missing := want - set(self.rope_scaling)):
             raise ValueError(f"rope_scaling lacks {', '.join(sorted(missing))}")
-
-
-CPU = dict(n_layer=3, rope_theta=1000.0)  # learns on two CPU cores in minutes
-HOURS = dict(n_layer=4, n_head=6, n_kv_head=6, n_embd=96, ffn_dim=256, n_mem_head=6, rope_theta=1000.0)
-GPU = dict(n_layer=6, n_embd=256, ffn_dim=448, segment_len=1024, n_slot=64, rope_theta=1000.0)
-PRESETS: dict[str, dict] = {
-    "cpu": CPU,                                                     # train.py's default
-    "cpu-rmt": dict(CPU, n_mem_token=16, ffn_dim=325),              # as many parameters: an RMT,
-    "cpu-llama": dict(CPU, n_mem_layer=0, ffn_dim=327),             # a Llama of the same window,
-    "cpu-full": dict(CPU, n_mem_layer=0, ffn_dim=327, segment_len=16384),       # and one that sees it all
-    "cpu-hours": HOURS,                                             # 1.1 M, for five tasks; and its equals
-    "cpu-hours-rmt": dict(HOURS, n_mem_token=4, ffn_dim=481),
-    "cpu-hours-llama": dict(HOURS, n_mem_layer=0, ffn_dim=482),
-    "gpu": GPU,                                                     # 7.4 M, for ten tasks; and its equals
-    "gpu-rmt": dict(GPU, n_mem_token=16, ffn_dim=1048),
-    "gpu-llama": dict(GPU, n_mem_layer=0, ffn_dim=1048),
-    "gpu-full": dict(GPU, n_mem_layer=0, ffn_dim=1048, segment_len=16384),
-    "lm2-1.7b": dict(  # paper: Llama-3.2-1B's shape, 2,048 slots in every block, 1.24 B + 0.47 B parameters
-        vocab_size=128256, n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, ffn_dim=8192, segment_len=2048,
-        n_slot=2048, n_mem_head=32, rope_theta=500000.0, tie_embeddings=True, rope_scaling=dict(
-            factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)),
-}
 
 
 @dataclass
@@ -429,7 +407,7 @@ class LM2(nn.Module):
         blocks, mem, x = list(state.blocks), state.mem, self.tok_embeddings(idx)            # (B, T, D)
         K = 0 if mem is None else mem.shape[1]
         turns = turn_table(self.freq, S + 2 * K, self.dtype, x.device)          # (S + 2 K, D/H/2, 2)
-        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)          # nothing is random
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing is random
         run = again if recompute else lambda block, *args: block(*args)
         while start < T:  # pieces: the rest of the open segment, all whole segments at once, what is left
             n = min(T - start, S - fill) if fill or K else (T - start) // S * S or T - start

@@ -35,15 +35,15 @@ from data.document import length_name, parse_length
 from data.helpers import Helpers
 from data.metrics import cells, table
 from data.predictions import save
-from data.recipes import knobs
+from data.recipes import PRESETS, knobs
 from data.samples import check_cells, generated
 from data.tokenizer import load
-from lm2 import PRESETS, LM2, LM2Config
+from lm2 import LM2, LM2Config
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    preset: str = "cpu"                 # model of lm2.PRESETS, else the recipe's; flags of sizes win over it
+    preset: str = "cpu"                 # model of data/recipes.py, else the recipe's; flags of sizes win over it
     recipe: str = "qa1"                 # of data/recipes.py, else the preset's: qa1, qa1-5 or qa1-10
     out_dir: str = "out"                # folder for ckpt.pt, metrics.jsonl and table.jsonl
     init: str | None = None             # checkpoint whose weights, sizes and recipe to start with; None: anew

@@ -53,10 +53,10 @@ def compile_blocks(model: nn.Module, **options) -> None:
 
 
 class CudaGraphs:
-    """f(*values, *tensors) -> Tensor on a GPU, as a CUDA graph for each set of values and shapes, recorded when
-    that comes a second time (the first compiles and loads its kernels): one launch for thousands of small
-    kernels, which would wait for Python else. f must not wait for the device; the gradients that it adds to
-    and all else that it reads must stay in place. The graphs share their memory: one runs at a time."""
+    """f(*values, *tensors) -> Tensor on a GPU, as a CUDA graph for each set of values and shapes, recorded at
+    its second call (the first compiles and loads its kernels): one launch for thousands of small kernels,
+    which would else wait for Python. f must not wait for the device; the gradients that it adds to and all
+    else that it reads must stay in place. The graphs share their memory: one runs at a time."""
 
     def __init__(self, f: Callable[..., Tensor]):
         self.f, self.pool, self.graphs = f, torch.cuda.graph_pool_handle(), {}

@@ -1,4 +1,4 @@
-"""What is trained, and how: the knobs of train.py that a recipe turns, for each kind of model.
+"""What is trained, and how: sizes of models, and the knobs of train.py that a recipe turns for each kind.
 
     python train.py --recipe qa1-5 --out_dir out/five       # plain data; flags win over it
 
@@ -18,7 +18,28 @@ half way (at a constant one 12 M tokens brought qa2 nothing); qa4 alone late, wh
 qa1-10, what helped: a rate of 5e-4, not 1e-3 or more, at width 256 (README); 6 blocks, not 4 (at width 96
 the first stage took 560 steps, not 950). qa4 early is no trouble then, and needs no stages of its own late.
 """
-from lm2 import PRESETS, LM2Config
+from lm2 import LM2Config
+
+CPU = dict(n_layer=3, rope_theta=1000.0)  # learns on two CPU cores in minutes
+HOURS = dict(n_layer=4, n_head=6, n_kv_head=6, n_embd=96, ffn_dim=256, n_mem_head=6, rope_theta=1000.0)
+GPU = dict(n_layer=6, n_embd=256, ffn_dim=448, segment_len=1024, n_slot=64, rope_theta=1000.0)
+PRESETS: dict[str, dict] = {
+    "cpu": CPU,                                                     # train.py's default
+    "cpu-rmt": dict(CPU, n_mem_token=16, ffn_dim=325),              # as many parameters: an RMT,
+    "cpu-llama": dict(CPU, n_mem_layer=0, ffn_dim=327),             # a Llama of the same window,
+    "cpu-full": dict(CPU, n_mem_layer=0, ffn_dim=327, segment_len=16384),       # and one that sees it all
+    "cpu-hours": HOURS,                                             # 1.1 M, for five tasks; and its equals
+    "cpu-hours-rmt": dict(HOURS, n_mem_token=4, ffn_dim=481),
+    "cpu-hours-llama": dict(HOURS, n_mem_layer=0, ffn_dim=482),
+    "gpu": GPU,                                                     # 7.4 M, for ten tasks; and its equals
+    "gpu-rmt": dict(GPU, n_mem_token=16, ffn_dim=1048),
+    "gpu-llama": dict(GPU, n_mem_layer=0, ffn_dim=1048),
+    "gpu-full": dict(GPU, n_mem_layer=0, ffn_dim=1048, segment_len=16384),
+    "lm2-1.7b": dict(  # paper: Llama-3.2-1B's shape, 2,048 slots in every block, 1.24 B + 0.47 B parameters
+        vocab_size=128256, n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, ffn_dim=8192, segment_len=2048,
+        n_slot=2048, n_mem_head=32, rope_theta=500000.0, tie_embeddings=True, rope_scaling=dict(
+            factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)),
+}
 
 
 def each(stages: str, tasks: str) -> str:

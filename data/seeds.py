@@ -109,6 +109,12 @@ def cell(found: list[list[dict]], keys: tuple[str, str, str], n: int | None = No
     return text + (few if n not in (None, size(most, n_key)) else "")
 
 
+def groups_of(cells: list[dict]) -> dict[str, list[str]]:
+    """The tasks in order, each by itself, and of "qa1-5" and "qa1-10" those whose tasks are all there."""
+    tasks = sorted({c["task"] for c in cells}, key=lambda task: int(task[2:]))
+    return {t: [t] for t in tasks} | {g: of for g, of in GROUPS.items() if set(of) <= set(tasks)}
+
+
 def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "exact",
              across: str = "models") -> str:
     """The table: a line a task and length, or with `across` "lengths" a line a task and column, and one of
@@ -117,9 +123,7 @@ def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "
     n_key, _, floor_key = keys
     there = by_column(cells)
     columns = choose("--columns", columns, list(there))
-    tasks = sorted({c["task"] for c in cells}, key=lambda task: int(task[2:]))
-    groups = {t: [t] for t in tasks}
-    groups |= {f"mean of {g}": of for g, of in GROUPS.items() if set(of) <= set(tasks)}
+    groups = {g if len(of) == 1 else f"mean of {g}": of for g, of in groups_of(cells).items()}
     lengths, rows = sorted({c["length"] for c in cells}), []
     for group, members in groups.items():
         found = {(name, x): pick(there[name], members, x, n_key) for name in columns for x in lengths}
@@ -143,24 +147,22 @@ def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "
 
 def side_by_side(cells: list[dict], columns: list[str] | None = None, which: str = "exact") -> str:
     """The table with the tasks side by side: a line a length and column, and one of the best constant
-    answers with the samples a task; of tasks the median seed's share alone, of means also its interval."""
-    _, n_key, hits_key, floor_key = BLOCKS[which]
-    there = by_column(cells)
-    tasks = sorted({c["task"] for c in cells}, key=lambda task: int(task[2:]))
-    groups = {t: [t] for t in tasks} | {g: of for g, of in GROUPS.items() if set(of) <= set(tasks)}
+    answers with the samples a task; of tasks the median seed's share alone, means as in `markdown`."""
+    _, *keys = BLOCKS[which]
+    n_key, _, floor_key = keys
+    there, groups = by_column(cells), groups_of(cells)
     rows = [["length", "column", *groups], ["---"] * (2 + len(groups))]
     for length in sorted({c["length"] for c in cells}):
         floors, sizes = ["-"] * len(groups), set()
         for name in choose("--columns", columns, list(there)):
             row = []
             for i, (group, members) in enumerate(groups.items()):
-                text = "-"
                 if found := pick(there[name], members, length, n_key):
-                    most = middle(found, n_key, hits_key)
-                    text = percent(*pooled(most, n_key, hits_key)).replace(",", ", ")
+                    most = middle(found, *keys[:2])
                     sizes |= {c[n_key] for c in most}
                     if floors[i] == "-":
                         floors[i] = f"{100 * share(most, n_key, floor_key):.1f}"
+                text = cell(found, keys)
                 row.append(text if len(members) > 1 else text.split(" ")[0])
             if set(row) != {"-"}:
                 rows.append([length_name(length), name, *row])

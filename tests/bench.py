@@ -40,7 +40,8 @@ from data.cli import Parser, one_line, save_json  # noqa: E402
 from data.device import compile_blocks, keep_freed_memory, peak_memory, pick_device  # noqa: E402
 from data.document import length_name  # noqa: E402
 from data.tokenizer import load  # noqa: E402
-from lm2 import LM2, PRESETS, LM2Config  # noqa: E402
+from data.recipes import PRESETS  # noqa: E402
+from lm2 import LM2, LM2Config  # noqa: E402
 
 # Of training steps: the model and B rows of T tokens. Without memory "cuda" is as large as GPT-2 small.
 SIZES: dict[str, tuple[dict, int, int]] = {

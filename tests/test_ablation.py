@@ -10,6 +10,7 @@ import torch
 
 import ablation
 import lm2
+from data.recipes import PRESETS
 from test_scripts import folder, refused  # noqa: F401
 
 SIZES = dict(vocab_size=50, n_layer=3, n_head=2, n_kv_head=2, n_embd=64, ffn_dim=32, segment_len=6, n_slot=16,
@@ -92,7 +93,7 @@ def test_the_table_has_the_medians_of_the_seeds_the_floor_and_what_an_interval_i
 def test_every_row_but_those_of_slots_has_the_defaults_parameters():
     def count(name):
         t = shlex.split(ablation.ROWS[name].flags)
-        sizes = lm2.PRESETS["cpu"] | {k[2:]: int(v) for k, v in zip(t[::2], t[1::2]) if k != "--stages"}
+        sizes = PRESETS["cpu"] | {k[2:]: int(v) for k, v in zip(t[::2], t[1::2]) if k != "--stages"}
         with ablation.changed(ablation.ROWS[name]):
             return lm2.LM2(lm2.LM2Config(**sizes)).n_params()[0]
     counts = {name: count(name) / count("default") for name in ablation.ROWS if not name.endswith("slots")}

@@ -23,7 +23,8 @@ import reference  # noqa: E402
 from data.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from data.device import bfloat16_layers, compile_blocks  # noqa: E402
 from data.tokenizer import load  # noqa: E402
-from lm2 import LM2, PRESETS, LM2Config, turn_table  # noqa: E402
+from data.recipes import PRESETS  # noqa: E402
+from lm2 import LM2, LM2Config, turn_table  # noqa: E402
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # PyTorch's own, on compiling

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import reference
-from lm2 import LM2, PRESETS, LM2Config
+from data.recipes import PRESETS
+from lm2 import LM2, LM2Config
 from test_model import S, build as build_lm2, feed, nbytes, near, near_gradients, tensors, text
 
 K = 2

@@ -29,9 +29,9 @@ from data.batches import Batches, Stage
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.device import CudaGraphs, peak_memory
 from data.metrics import cells, table
-from data.recipes import RECIPES
+from data.recipes import PRESETS, RECIPES
 from data.tokenizer import load
-from lm2 import PRESETS, LM2, LM2Config
+from lm2 import LM2, LM2Config
 from test_babilong import MOVED, asked_in, book
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -456,8 +456,8 @@ def test_a_step_as_a_cuda_graph_has_the_gradient_and_the_numbers_of_one_without(
         trainer.batches.number = trainer.batches.given = 0
         for _ in range(20):     # of few shapes: first seen, recorded, replayed
             torch._foreach_zero_([p.grad for p in parameters])
-            _, _, numbers = train.add_gradients(trainer.model, trainer.batches, trainer.stages[0], 1, trainer.c,
-                                                trainer.device, run)
+            numbers = train.add_gradients(trainer.model, trainer.batches, trainer.stages[0], 1, trainer.c,
+                                          trainer.device, run)[-1]
             ends.append([numbers, *(p.grad.clone() for p in parameters)])
     assert any(trainer.add_gradient.graphs.values())
     for a, b in zip(itertools.chain(*ends[:20]), itertools.chain(*ends[20:])):
@@ -640,7 +640,7 @@ def test_tokens_per_second_are_those_of_the_steps_since_the_line_before_without_
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux hands a child its parent's peak")
 def test_the_peak_memory_of_a_child_of_a_large_parent_is_its_own():
     large = bytearray(b"x") * 2**30             # a gigabyte; torch takes a third of that
-    done = subprocess.run([sys.executable, "-c", "from data.device import CudaGraphs, peak_memory; print(peak_memory())"],
+    done = subprocess.run([sys.executable, "-c", "from data.device import peak_memory; print(peak_memory())"],
                           cwd=ROOT, stdout=subprocess.PIPE, check=True)
     assert 2**26 < int(done.stdout) < len(large) // 2 and peak_memory() > len(large)
 
