@@ -140,7 +140,8 @@ def rope_frequencies(cfg: LM2Config) -> tuple[float, ...]:
 @cache
 @torch.inference_mode(False)
 def turn_table(freq: tuple[float, ...], length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """cos and sin of positions 0 .. length of a segment, (length, D/H/2, 2); made once, then read."""
+    """cos and sin of positions 0 .. length of a segment, (length, D/H/2, 2); made once, then read, by CUDA
+    graphs where it lies: never thrown away."""
     angle = torch.arange(length, dtype=torch.float64)[:, None] * torch.tensor(freq, dtype=torch.float64)
     return torch.stack((angle.cos(), angle.sin()), dim=-1).to(device, dtype)
 

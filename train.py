@@ -43,7 +43,7 @@ from lm2 import LM2, LM2Config
 
 @dataclass(frozen=True)
 class TrainConfig:
-    preset: str = "cpu"                 # model of data/recipes.py, else the recipe's; flags of sizes win over it
+    preset: str = "cpu"                 # sizes of data/recipes.py, else the recipe's; flags win over them
     recipe: str = "qa1"                 # of data/recipes.py, else the preset's: qa1, qa1-5 or qa1-10
     out_dir: str = "out"                # folder for ckpt.pt, metrics.jsonl and table.jsonl
     init: str | None = None             # checkpoint whose weights, sizes and recipe to start with; None: anew
@@ -78,7 +78,7 @@ class TrainConfig:
     workers: int | None = None          # processes that make batches ahead; None: 4 with CUDA, else 0
     compile: bool = False               # torch.compile: minutes at first, then faster; a CPU needs g++
     bfloat16: bool | None = None        # layers multiply in bfloat16; None: with CUDA alone. A CPU needs AMX
-    graphs: bool = True                 # with CUDA: a step is a CUDA graph, of which Python launches one
+    graphs: bool = True                 # with CUDA: a micro-batch's gradient as one CUDA graph a shape
     recompute: bool = False             # activation checkpointing: less memory, a third more work
     minutes: float | None = None        # stop after so long, save and evaluate; --resume goes on
     log_every: int = 10                 # steps between lines of metrics.jsonl, at which stages may end
@@ -153,8 +153,9 @@ def add_gradient(model: LM2, c: TrainConfig, segment_len: int, write: bool, idx:
 
 def add_gradients(model: LM2, batches: Iterator[Batch], stage: Stage, n: int, c: TrainConfig,
                   device: torch.device, run: Callable[..., Tensor]) -> tuple[int, bool, Tensor]:
-    """The gradients of n of a step's micro-batches by `run`, which does what `add_gradient` does: tokens,
-    whether the documents are the stage's longest, and the sum of what it returns."""
+    """The gradients of n of a step's micro-batches by `run`, which does what `add_gradient` does: tokens
+    (without those that fill up a shape on a GPU), whether the documents are the stage's longest, and the
+    sum of what it returns."""
     tokens, sums = 0, torch.zeros(3, device=device)
     for _ in range(n):
         batch, S = next(batches).to(device), stage.segment_len
@@ -248,11 +249,10 @@ class Trainer:
         torch.set_num_threads(self.threads[1])
         if c.compile:
             compile_blocks(self.model, dynamic=True if cuda else None)
-        self.graphs, self.add_gradient = cuda and c.graphs, add_gradient
-        if self.graphs:
-            for p in self.model.parameters():
-                p.grad = torch.zeros_like(p)    # a graph adds to them where they are
-            self.add_gradient = CudaGraphs(add_gradient)
+        self.add_gradient = CudaGraphs(add_gradient) if cuda and c.graphs else add_gradient
+        for p in self.model.parameters() if cuda else ():
+            p.grad = torch.zeros_like(p)        # graphs add to them where they are; what a batch does not
+            #                                     use has a gradient of 0 there, with graphs or without
         self.pending: list[tuple] = []  # of each step since the last line: numbers still on the device
         self.ckpt.parent.mkdir(parents=True, exist_ok=True)
         path, kept = self.ckpt.with_name("metrics.jsonl"), []
@@ -288,8 +288,8 @@ class Trainer:
         self.metrics.flush()
 
     def train_step(self) -> None:
-        """One step of the optimiser on `accumulate` micro-batches. Nothing in it waits for the device: its
-        numbers go to `pending`."""
+        """One step of the optimiser on `accumulate` micro-batches. Nothing in it waits for the device, but
+        where a graph is recorded: its numbers go to `pending`."""
         c, stage = self.c, self.stages[self.stage]
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(c, self.step, self.done)
@@ -299,7 +299,7 @@ class Trainer:
         results += self.helpers.finish()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=not self.graphs)
+        self.optimizer.zero_grad(set_to_none=self.device.type != "cuda")
         self.step, self.stage_step = self.step + 1, self.stage_step + 1
         self.tokens += sum(tokens for tokens, _, _ in results)
         loss, right, asked = sum(torch.as_tensor(numbers, device=self.device) for _, _, numbers in results)

@@ -69,7 +69,7 @@ class Batch(NamedTuple):
 
     def padded(self, width: int, answers: int) -> "Batch":
         """On the right to so many columns, keep and words to a multiple of so many answers (of the first
-        position, at which nothing is asked): fewer different shapes."""
+        position: a document begins with no answer): fewer different shapes."""
         T = self.idx.shape[1]
         right, more = (0, width - T), (0, -len(self.keep) % answers)
         keep = self.keep + self.keep // T * (width - T)     # a row begins so much later for each before it

@@ -56,7 +56,8 @@ class CudaGraphs:
     """f(*values, *tensors) -> Tensor on a GPU, as a CUDA graph for each set of values and shapes, recorded at
     its second call (the first compiles and loads its kernels): one launch for thousands of small kernels,
     which would else wait for Python. f must not wait for the device; the gradients that it adds to and all
-    else that it reads must stay in place. The graphs share their memory: one runs at a time."""
+    else that it reads must stay in place. Tensors come last, of a shape always of one dtype. The graphs, kept
+    as long as this, share their memory: one runs at a time."""
 
     def __init__(self, f: Callable[..., Tensor]):
         self.f, self.pool, self.graphs = f, torch.cuda.graph_pool_handle(), {}

@@ -3,12 +3,12 @@
     python -m data.seeds assets/models.json --columns "lm2 on" "rmt on"
     python -m data.seeds assets/models.json --columns "lm2 off" "lm2 other" --which outside
     python -m data.seeds assets/five.json --across lengths                # a line a task and model
-    python -m data.seeds assets/ten.json --across tasks                   # a line a length and model
+    python -m data.seeds assets/ten.json --across tasks                   # a line a length, model and seed
 
 Writes nothing. A model evaluated as --ckpt lm2-0=... lm2-1=... is one column, "lm2 on", of seeds 0 and 1. A
 cell is the median of the seeds (of an even number the lower of the middle two), Wilson's interval for that
-seed's samples, which says nothing of other seeds, and every seed's share in their order. Means over tasks
-appear where all of qa1-5 or qa1-10 were asked.
+seed's samples, which says nothing of other seeds, and every seed's share in their order; with the tasks side
+by side every seed has a line. Means over tasks appear where all of qa1-5 or qa1-10 were asked.
 """
 import json
 import statistics
@@ -146,26 +146,27 @@ def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "
 
 
 def side_by_side(cells: list[dict], columns: list[str] | None = None, which: str = "exact") -> str:
-    """The table with the tasks side by side: a line a length and column, and one of the best constant
-    answers with the samples a task; of tasks the median seed's share alone, means as in `markdown`."""
-    _, *keys = BLOCKS[which]
-    n_key, _, floor_key = keys
+    """The table with the tasks side by side: a line a length, column and seed, and one of the best constant
+    answers (the first line's that has any) with the samples a task; of means the interval too."""
+    _, n_key, hits_key, floor_key = BLOCKS[which]
     there, groups = by_column(cells), groups_of(cells)
     rows = [["length", "column", *groups], ["---"] * (2 + len(groups))]
     for length in sorted({c["length"] for c in cells}):
         floors, sizes = ["-"] * len(groups), set()
         for name in choose("--columns", columns, list(there)):
-            row = []
-            for i, (group, members) in enumerate(groups.items()):
-                if found := pick(there[name], members, length, n_key):
-                    most = middle(found, *keys[:2])
-                    sizes |= {c[n_key] for c in most}
-                    if floors[i] == "-":
-                        floors[i] = f"{100 * share(most, n_key, floor_key):.1f}"
-                text = cell(found, keys)
-                row.append(text if len(members) > 1 else text.split(" ")[0])
-            if set(row) != {"-"}:
-                rows.append([length_name(length), name, *row])
+            for model, seed in there[name].items():
+                row = []
+                for i, members in enumerate(groups.values()):
+                    text = "-"
+                    for found in pick({model: seed}, members, length, n_key):
+                        sizes |= {c[n_key] for c in found}
+                        text = percent(*pooled(found, n_key, hits_key)).replace(",", ", ")
+                        if floors[i] == "-":
+                            floors[i] = f"{100 * share(found, n_key, floor_key):.1f}"
+                    row.append(text if len(members) > 1 else text.split(" ")[0])
+                if set(row) != {"-"}:
+                    label = name if len(there[name]) == 1 else f"{model} {name.rpartition(' ')[2]}"
+                    rows.append([length_name(length), label, *row])
         if sizes := sorted(sizes):
             n = f"n = {sizes[0]}" + f" to {sizes[-1]}" * (len(sizes) > 1)
             rows.append([length_name(length), f"floor, {n}", *floors])

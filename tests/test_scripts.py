@@ -447,9 +447,10 @@ def test_no_number_is_fetched_within_a_step_and_all_of_them_at_once_behind_it(fo
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-@pytest.mark.parametrize("flags", [[], ["--compile"], ["--n_mem_token", "4"], ["--recompute"]])
+@pytest.mark.parametrize("flags", [["--no-bfloat16"], ["--no-bfloat16", "--compile"], ["--compile"],
+                                   ["--no-bfloat16", "--n_mem_token", "4"], ["--no-bfloat16", "--recompute"]])
 def test_a_step_as_a_cuda_graph_has_the_gradient_and_the_numbers_of_one_without(folder, tmp_path, flags):
-    trainer = make(folder, tmp_path, "--stages", "3:2", "--device", "cuda", "--no-bfloat16", *flags)
+    trainer = make(folder, tmp_path, "--stages", "3:2", "--device", "cuda", *flags)
     ends, parameters = [], list(trainer.model.parameters())
     for run in trainer.add_gradient, train.add_gradient:
         trainer.batches.enter(trainer.stages[0])
@@ -461,7 +462,7 @@ def test_a_step_as_a_cuda_graph_has_the_gradient_and_the_numbers_of_one_without(
             ends.append([numbers, *(p.grad.clone() for p in parameters)])
     assert any(trainer.add_gradient.graphs.values())
     for a, b in zip(itertools.chain(*ends[:20]), itertools.chain(*ends[20:])):
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+        assert torch.allclose(a, b, rtol=1e-3 if "--no-bfloat16" in flags else 0.05, atol=1e-4)
 
 
 def test_a_graph_is_recorded_at_a_shapes_second_call_and_replayed_with_what_it_is_given(monkeypatch):

@@ -54,17 +54,18 @@ def test_a_mean_over_tasks_is_as_certain_as_all_their_samples_and_wants_every_ta
     assert lines[0] == "| task | column | 0k, n = 200 |" and lines[3] == "| qa1 | floor | 20.0 |"
 
 
-def test_with_the_tasks_side_by_side_a_line_is_a_length_and_a_column_and_means_are_full():
+def test_with_the_tasks_side_by_side_a_line_is_a_length_a_column_and_a_seed():
     five = [made(f"lm2-{s}", 100 + 20 * i + s, task=f"qa{i + 1}") for i in range(5) for s in (0, 10)]
     table = seeds.side_by_side(five + [made("rmt", 200), made("rmt", 30, length=1000)]).split("\n")
     assert table[0] == "| length | column | qa1 | qa2 | qa3 | qa4 | qa5 | qa1-5 |"
-    assert table[2:] == ["| 0k | lm2 on | 50.0 | 60.0 | 70.0 | 80.0 | 90.0 | 70.0 [67, 73] (70.0 75.0) |",
+    assert table[2:] == ["| 0k | lm2-0 on | 50.0 | 60.0 | 70.0 | 80.0 | 90.0 | 70.0 [67, 73] |",
+                         "| 0k | lm2-10 on | 55.0 | 65.0 | 75.0 | 85.0 | 95.0 | 75.0 [72, 78] |",
                          "| 0k | rmt on | 100 | - | - | - | - | - |",
                          "| 0k | floor, n = 200 | 20.0 | 20.0 | 20.0 | 20.0 | 20.0 | 20.0 |",
                          "| 1k | rmt on | 15.0 | - | - | - | - | - |",
                          "| 1k | floor, n = 200 | 20.0 | - | - | - | - | - |"]
     far = seeds.side_by_side(CELLS, ["lm2 on"], "outside").split("\n")
-    assert far[2:] == ["| 16k | lm2 on | 50.0 |", "| 16k | floor, n = 100 | 50.0 |"]   # at 0k nothing is
+    assert far[2:] == ["| 16k | lm2-0 on | 50.0 |", "| 16k | floor, n = 100 | 50.0 |"]   # at 0k nothing is
     few = made("rmt", 30) | dict(n=40, floor=10)            # the floor is the first column's
     assert seeds.side_by_side([CELLS[0], few]).split("\n")[-1] == "| 0k | floor, n = 40 to 200 | 20.0 |"
 
