@@ -209,16 +209,18 @@ class Memory(nn.Module):
         # paper silent: a slot may decline a segment; with S equal scores about 0.4 of it stays unwritten.
         self.null = nn.Parameter(torch.full((cfg.n_mem_head,), math.log(cfg.segment_len) - 0.5))
 
+    def record(self, **seen: Tensor) -> None:
+        """Nothing: what wants to see weights and gates takes its place (`recording` in data/heatmaps.py)."""
+
     def heads(self, x: Tensor) -> Tensor:
         """(R, n, D) -> (R, HM, n, D/HM)"""
         return x.unflatten(-1, (self.n_head, self.width)).transpose(1, 2)
 
-    def tokens(self, x: Tensor, trace: dict | None) -> tuple[Tensor, Tensor]:
+    def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The token side: x (R, T, D) -> queries and gated candidates, each (R, T, D)."""
         E = self.token_norm(x)                    # paper silent: the query is the stream after self-attention
         g_in = torch.sigmoid(self.w_in(E))                                      # Eq. (4), a token, a channel
-        if trace is not None:
-            trace.update(g_in=g_in)
+        self.record(g_in=g_in)
         # differs from paper: tanh(E w_write), not tanh(E_mem), which only tells what slots they read
         return self.wq(E), g_in * torch.tanh(self.w_write(E))
 
@@ -226,17 +228,16 @@ class Memory(nn.Module):
         """norm(M) (B, N, D) in the dtype of the weights: what keys and values are made of."""
         return self.bank_norm(M).to(self.wk.weight.dtype)
 
-    def read(self, Q: Tensor, K: Tensor, V: Tensor, trace: dict | None) -> Tensor:
+    def read(self, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
         """Q (R, T, D), K and V (R, N, D) of the bank carried INTO the segment -> E_gated (R, T, D)."""
         scores = self.heads(Q) @ self.heads(K).mT / math.sqrt(self.width)       # Eq. (1)   (R, HM, T, N)
         A = scores.softmax(dim=-1).to(V.dtype)  # differs from paper: no causal mask, slots hold only the past
         E_mem = (A @ self.heads(V)).transpose(1, 2).flatten(-2)                 # (R, T, D)
         g_out = torch.sigmoid(self.w_out(E_mem))                                # Eq. (2)
-        if trace is not None:
-            trace.update(A=A, g_out=g_out)
+        self.record(A=A, g_out=g_out)
         return g_out * E_mem                                          # Eq. (3); differs from paper: g_out * M
 
-    def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor, trace: dict | None) -> Tensor:
+    def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor) -> Tensor:
         """M and its keys K (B, N, D), queries Q and candidates c (B, S, D) of a whole segment -> next M."""
         scores = self.heads(K) @ self.heads(Q).mT / math.sqrt(self.width)       # (B, HM, N, S)
         null = self.null.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
@@ -247,17 +248,14 @@ class Memory(nn.Module):
         w = 1 - R[..., -1:].transpose(1, 2).to(M.dtype)                         # (B, N, HM, 1) share written
         # differs from paper: forgetting in proportion to w, so what no segment concerns is kept exactly
         M = C.to(M.dtype) + (1 - w * (1 - g_forget)) * M.view_as(C)             # Eq. (6)
-        if trace is not None:
-            trace.setdefault("R", []).append(R)
-            trace.setdefault("g_forget", []).append(g_forget.flatten(-2))
+        self.record(R=R, g_forget=g_forget.flatten(-2))
         return M.flatten(-2)
 
-    def step(self, M: Tensor, Q: Tensor, c: Tensor, write: bool, trace: dict | None
-             ) -> tuple[Tensor, Tensor, Tensor]:
+    def step(self, M: Tensor, Q: Tensor, c: Tensor, write: bool) -> tuple[Tensor, Tensor, Tensor]:
         """One segment: the bank carried into it -> norm(M), K (B, N, D) to read by, and the next bank."""
         seen = self.slots(M)
         K = self.wk(seen)
-        return seen, K, self.write(M, K, Q, c, trace) if write else M
+        return seen, K, self.write(M, K, Q, c) if write else M
 
 
 class FeedForward(nn.Module):
@@ -281,34 +279,33 @@ class Block(nn.Module):
         self.memory = Memory(cfg) if has_memory else None
         self.fast = None        # before, memory.step and after, compiled (data/device.py)
 
-    def before(self, x: Tensor, turn: Tensor, cache: tuple | None, trace: dict | None) -> tuple:
+    def before(self, x: Tensor, turn: Tensor, cache: tuple | None) -> tuple:
         """x (R, T, D) -> x after self-attention, its keys and values, the memory's queries and candidates."""
         h, k, v = self.attention(self.attention_norm(x), turn, cache)
         x = x + h
-        return x, k, v, *((None, None) if self.memory is None else self.memory.tokens(x, trace))
+        return x, k, v, *((None, None) if self.memory is None else self.memory.tokens(x))
 
-    def after(self, x: Tensor, Q: Tensor | None, K: Tensor | None, V: Tensor | None, trace: dict | None
-              ) -> Tensor:
+    def after(self, x: Tensor, Q: Tensor | None, K: Tensor | None, V: Tensor | None) -> Tensor:
         """Read the bank by its keys and values, then the MLP."""
         if self.memory is not None:
-            x = x + self.memory.read(Q, K, V, trace)
+            x = x + self.memory.read(Q, K, V)
         return x + self.feed_forward(self.ffn_norm(x))
 
-    def forward(self, x: Tensor, st: BlockState, fill: int, owned: bool, turn: Tensor, write: bool,
-                trace: dict | None) -> tuple[Tensor, BlockState]:
+    def forward(self, x: Tensor, st: BlockState, fill: int, owned: bool, turn: Tensor, write: bool
+                ) -> tuple[Tensor, BlockState]:
         """x (B, T, D): either G whole segments (fill 0) or a piece that fits into the open segment. Only the
         slots' update runs segment by segment, all else in large products."""
         (B, T, D), S, mem = x.shape, st.k.shape[1], self.memory
         whole = fill == 0 and T % S == 0
-        fast = self.fast and whole and trace is None and torch.is_grad_enabled()
+        fast = self.fast and whole and torch.is_grad_enabled()
         before, step, after = self.fast if fast else (self.before, mem and mem.step, self.after)
         x = x.reshape(-1, S if whole else T, D)                                 # (B*G, S, D): a row a segment
-        x, k, v, Q, c = before(x, turn, None if whole else (st.k, st.v, fill, owned), trace)
+        x, k, v, Q, c = before(x, turn, None if whole else (st.k, st.v, fill, owned))
         K = V = None
         if whole and mem is not None:                                           # they leave no cache
             M, seen, keys = st.bank, [], []                                     # norm(M), K: one a segment
             for q, cand in zip(*(t.unflatten(0, (B, -1)).unbind(1) for t in (Q, c))):       # (B, S, D)
-                was, key, M = (step if write else mem.step)(M, q, cand, write, trace)
+                was, key, M = (step if write else mem.step)(M, q, cand, write)
                 seen.append(was), keys.append(key)
             K = torch.stack(keys, dim=1).flatten(0, 1)                          # (B*G, N, D)
             V = mem.wv(torch.stack(seen, dim=1).flatten(0, 1))                  # (B*G, N, D)
@@ -318,11 +315,11 @@ class Block(nn.Module):
                 seen = mem.slots(st.bank)
                 st = replace(st, bank_k=mem.wk(seen), bank_v=mem.wv(seen))
             K, V, q, cand = st.bank_k, st.bank_v, store(st.q, Q, fill, owned), store(st.c, c, fill, owned)
-            M = mem.write(st.bank, K, q, cand, trace) if write and fill + T == S else st.bank
+            M = mem.write(st.bank, K, q, cand) if write and fill + T == S else st.bank
             st = replace(st, k=k, v=v, q=q, c=cand, bank=M)
         elif not whole:
             st = replace(st, k=k, v=v)
-        return after(x, Q, K, V, trace).view(B, T, D), st
+        return after(x, Q, K, V).view(B, T, D), st
 
 
 class LM2(nn.Module):
@@ -384,8 +381,7 @@ class LM2(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, state: LM2State | None = None, *,
                 keep: str | Tensor = "all", segment_len: int | None = None, write: bool = True,
-                recompute: bool = False, trace: list | None = None
-                ) -> tuple[Tensor, Tensor | None, LM2State]:
+                recompute: bool = False) -> tuple[Tensor, Tensor | None, LM2State]:
         """idx (B, T) int64, T >= 1 [, targets (B, T), already shifted, -1 = ignored] -> logits, loss, state.
         state        what an earlier call returned for the tokens before these; None starts a document
         keep         "all": logits (B, T, V); "last": (B, 1, V); "targets": (n, V), positions with a target;
@@ -393,8 +389,6 @@ class LM2(nn.Module):
         segment_len  shorter segments than the model's for a document that starts here (the curriculum)
         write        False holds every bank at the value it came in with: the memory switched off
         recompute    activation checkpointing: keep each block's input only, run it again for the gradient
-        trace        a list that gets a dict per block and piece: A (B*G, HM, T, N), g_out, g_in (B*G, T, D),
-                     and of each write R (B, HM, N, S+1), g_forget (B, N, D), for pictures
         Raises ValueError for an input of another shape or dtype, or of another batch than the state's."""
         if idx.ndim != 2 or idx.dtype != torch.int64 or idx.shape[1] < 1:
             raise ValueError(f"idx must be (B, T) int64 with T >= 1, not {tuple(idx.shape)} {idx.dtype}")
@@ -418,10 +412,7 @@ class LM2(nn.Module):
             at = fill + K if fill else 0
             turn = turns[at:at + min(piece.shape[1], S + 2 * K)]     # positions restart in every segment
             for i, block in enumerate(self.layers):
-                if trace is not None:
-                    trace.append(dict(layer=i, start=start))
-                note = trace and trace[-1]
-                piece, blocks[i] = run(block, piece, blocks[i], at, state.owned, turn, write, note)
+                piece, blocks[i] = run(block, piece, blocks[i], at, state.owned, turn, write)
             out.append(piece[:, before:before + n])
             mem = self.norm(piece[:, -behind:]) if behind else mem
             start, fill = start + n, (fill + n) % S

@@ -13,7 +13,6 @@ import math
 import random
 import signal
 import time
-from collections import deque
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Callable, Iterator
@@ -26,7 +25,7 @@ from babilong_eval import evaluate
 from data import background
 from data.babi import TASKS
 from data.babilong import Builder
-from data.batches import Batch, Batches, Maker, Stage
+from data.batches import Batch, Batches, Curriculum, Maker, Stage
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.cli import Parser, one_line
 from data.device import (CudaGraphs, bfloat16_layers, check_compiler, compile_blocks, keep_freed_memory,
@@ -59,6 +58,7 @@ class TrainConfig:
     processes: int | None = None        # of one thread each that share them; None: the threads, if those
     #                                     divide the micro-batches, else 1 with all threads
     asides: int = 3                     # half of the documents or more are asked at so many earlier points
+    usual: float = 0.9                  # share of a task's questions for which its stories have enough facts
     plain: float = 0.1                  # share of batches without background later on, so 0k is not forgotten
     leave_at: float = 0.9               # share of right answers to its longest documents that ends a stage
     leave_plain_at: float = 0.95        # ... this share in stages without background ...
@@ -91,11 +91,11 @@ class TrainConfig:
         for name, low, high in (
                 *((name, 1, math.inf) for name in "tokens final_tokens batch_size batch_tokens accumulate "
                   "leave_window stage_steps log_every eval_every eval_n table_n".split()),
-                ("plain", 0, 1), ("leave_at", 0, 1), ("leave_plain_at", 0, 1), ("beta2", 0, 0.999999),
-                ("decay", 1e-9, 1), ("weight_decay", 0, math.inf), ("warmup", 0, math.inf),
-                ("lr", 1e-12, 1e3), ("clip", 1e-12, 1e12),
-                ("threads", 0, 4096), ("workers", 0, 256), ("asides", 0, 1000), ("seed", 0, 2**32 - 1),
-                ("minutes", 0, math.inf), ("total_minutes", 0.01, math.inf)):
+                *((name, 0, 1) for name in "plain usual leave_at leave_plain_at".split()),
+                *((name, 0, math.inf) for name in "weight_decay warmup minutes".split()),
+                ("total_minutes", 0.01, math.inf), ("beta2", 0, 0.999999), ("decay", 1e-9, 1),
+                ("lr", 1e-12, 1e3), ("clip", 1e-12, 1e12), ("asides", 0, 1000), ("seed", 0, 2**32 - 1),
+                ("threads", 0, 4096), ("workers", 0, 256)):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"--{name} {value} must lie between {low:g} and {high:g}")
@@ -206,14 +206,15 @@ class Trainer:
         self.c, self.device = c, pick_device(c.device)
         if c.compile:
             check_compiler(self.device)
-        self.stages = [Stage.parse(s, self.model.cfg.segment_len) for s in c.stages.split()]
-        if not self.stages:
+        stages = [Stage.parse(s, self.model.cfg.segment_len) for s in c.stages.split()]
+        if not stages:
             raise ValueError("--stages is empty: give facts:segments, once or more")
-        most = max(stage.segments * stage.segment_len for stage in self.stages)
+        self.course = Curriculum(stages, c.leave_at, c.leave_plain_at, c.leave_window, c.stage_steps)
+        most = max(stage.segments * stage.segment_len for stage in stages)
         if c.whole and most > self.model.cfg.segment_len:
             raise ValueError(f"--whole: --stages has documents of {most} tokens, give --segment_len {most}")
         self.tasks = list(dict.fromkeys(c.tasks.split()))
-        if wrong := [task for stage in self.stages for task in stage.tasks if task not in self.tasks]:
+        if wrong := [task for stage in stages for task in stage.tasks if task not in self.tasks]:
             raise ValueError(f"--stages: {wrong[0]!r} is not among --tasks {c.tasks!r}")
         self.table_lengths = [parse_length(x) for x in dict.fromkeys(c.table_lengths.split())]
         threads = c.threads or torch.get_num_threads()
@@ -228,22 +229,21 @@ class Trainer:
             bfloat16_layers(self.model)
         self.optimizer = torch.optim.AdamW(self.model.optimizer_groups(c.weight_decay), lr=c.lr,
                                            betas=(0.9, c.beta2), fused=True)
-        self.step = self.tokens = self.stage = self.stage_step = 0
-        self.stopped, self.end = False, c.tokens
-        self.seconds, self.recent = 0.0, deque(maxlen=c.leave_window)
+        self.step, self.tokens, self.seconds, self.end, self.stopped = 0, 0, 0.0, c.tokens, False
         self.aim()
         if resume:
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.step, self.tokens, self.end, self.stage, self.stage_step, self.seconds = saved["progress"]
-            self.recent.extend(saved["recent"])
+            (self.step, self.tokens, self.end, self.course.at, self.course.steps,
+             self.seconds) = saved["progress"]
+            self.course.recent.extend(saved["recent"])
         cuda = self.device.type == "cuda"
         if cuda and given.get("processes", 1) > 1:
             raise ValueError(f"--processes {c.processes} share a CPU's work: leave it out on a GPU")
         self.processes = 1 if cuda else c.processes or (threads if c.accumulate % threads == 0 else 1)
         self.threads = threads, 1 if self.processes > 1 else threads  # to evaluate; to train
         maker = Maker(self.train_set, tuple(self.tasks), c.batch_size, c.batch_tokens, c.plain, c.asides,
-                      c.seed, c.accumulate)
-        self.batches = Batches(maker, self.stages[self.stage], self.step * c.accumulate,
+                      c.seed, c.accumulate, c.usual)
+        self.batches = Batches(maker, self.course.stage, self.step * c.accumulate,
                                4 * cuda if c.workers is None else c.workers, cuda, self.processes)
         self.helpers = Helpers(self.model, self.processes - 1, help_step, (maker, self.processes, c))
         torch.set_num_threads(self.threads[1])
@@ -266,8 +266,8 @@ class Trainer:
         if self.pending:
             self.collect()
         save_checkpoint(self.ckpt, self.model, self.tokenizer, train=asdict(self.c),
-                        optimizer=self.optimizer.state_dict(), recent=list(self.recent),
-                        progress=[self.step, self.tokens, self.end, self.stage, self.stage_step,
+                        optimizer=self.optimizer.state_dict(), recent=list(self.course.recent),
+                        progress=[self.step, self.tokens, self.end, self.course.at, self.course.steps,
                                   self.seconds])
 
     def stop(self, *_) -> None:
@@ -290,7 +290,7 @@ class Trainer:
     def train_step(self) -> None:
         """One step of the optimiser on `accumulate` micro-batches. Nothing in it waits for the device, but
         where a graph is recorded: its numbers go to `pending`."""
-        c, stage = self.c, self.stages[self.stage]
+        c, stage = self.c, self.course.stage
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(c, self.step, self.done)
         self.helpers.start((stage, self.step * c.accumulate))
@@ -300,7 +300,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.device.type != "cuda")
-        self.step, self.stage_step = self.step + 1, self.stage_step + 1
+        self.step, self.course.steps = self.step + 1, self.course.steps + 1
         self.tokens += sum(tokens for tokens, _, _ in results)
         loss, right, asked = sum(torch.as_tensor(numbers, device=self.device) for _, _, numbers in results)
         self.pending.append((results[0][1], torch.stack([norm, loss, right / asked])))
@@ -316,9 +316,9 @@ class Trainer:
                 raise ValueError(f"the gradient is {norm} at step {self.step - len(values) + i}: lower --lr, "
                                  "--resume if you can")
             if longest[i]:
-                self.recent.append(accuracy)
+                self.course.recent.append(accuracy)
         return dict(loss=sum(loss for _, loss, _ in values) / len(values), accuracy=accuracy,
-                    stage=self.stage, grad_norm=norm, lr=self.optimizer.param_groups[0]["lr"])
+                    stage=self.course.at, grad_norm=norm, lr=self.optimizer.param_groups[0]["lr"])
 
     @property
     def done(self) -> float:
@@ -328,23 +328,15 @@ class Trainer:
 
     def aim(self) -> None:
         """In the last stage the end is in sight."""
-        if self.stage + 1 == len(self.stages):
+        if self.course.last:
             self.end = min(self.end, self.tokens + self.c.final_tokens)
 
-    def next_stage(self) -> str | None:
-        """Leave the stage if it is learned or its steps are spent; a line to print if so."""
-        c, full = self.c, len(self.recent) == self.c.leave_window
-        mean = sum(self.recent) / max(1, len(self.recent))
-        left, steps = self.stages[self.stage], self.stage_step
-        enough = c.leave_at if left.segments else c.leave_plain_at
-        if self.stage + 1 == len(self.stages) or not (full and mean >= enough or steps >= c.stage_steps):
-            return None
-        self.stage, self.stage_step = self.stage + 1, 0
-        self.recent.clear()
-        self.batches.enter(self.stages[self.stage])
-        self.aim()
-        return (f"{self.seconds:5.0f} s, {self.tokens / 1e6:4.1f} M tokens: {left} {mean:.0%} after "
-                f"{steps} steps, now {self.stages[self.stage]}")
+    def next_stage(self) -> None:
+        """Enter the next stage if this one is learned or its steps are spent."""
+        if line := self.course.advance():
+            tqdm.write(f"{self.seconds:5.0f} s, {self.tokens / 1e6:4.1f} M tokens: {line}")
+            self.batches.enter(self.course.stage)
+            self.aim()
 
     def validate(self) -> dict:
         """Exact match on a fixed set of benchmark samples, the same every time."""
@@ -376,9 +368,9 @@ class Trainer:
                 rates.append((self.tokens - logged[0]) / (self.seconds - logged[1]))
                 self.log(**{k: round(v, 6) for k, v in numbers.items()}, tokens_per_second=round(rates[-1]))
                 bar.set_postfix(loss=f"{numbers['loss']:.3f}", acc=f"{numbers['accuracy']:.2f}",
-                                lr=f"{numbers['lr']:.1e}", stage=f"{self.stage + 1}/{len(self.stages)}")
-                if self.step % c.log_every == 0 and (line := self.next_stage()):
-                    tqdm.write(line)
+                                lr=f"{numbers['lr']:.1e}", stage=f"{self.course}")
+                if self.step % c.log_every == 0:
+                    self.next_stage()
             if due:
                 self.save()  # first: who asks twice for an end does not wait for the validation
                 validated = self.tokens // c.eval_every

@@ -36,11 +36,11 @@ def story_part(texts: Sequence[str]) -> str:
 
 
 @lru_cache
-def usual_facts(task: str) -> int:
-    """How many facts 98 in 100 questions of the task's stories have before them, at most."""
+def usual_facts(task: str, share: float) -> int:
+    """How many facts this share of the questions of the task's stories have before them, at most."""
     rng = random.Random(0)
     counts = sorted(n for _ in range(500) for n, _ in babi.TASKS[task].story(rng).questions)
-    return counts[len(counts) * 98 // 100]
+    return counts[min(len(counts) - 1, int(len(counts) * share))]
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
@@ -186,13 +186,15 @@ class Builder:
                          "or 0 for no background")
 
     def lesson(self, tasks: Sequence[str], n_facts: int, room: tuple[int, int], rng: random.Random,
-               max_questions: int = 8, asides: int = 0, share: float | None = None) -> Document:
-        """A training document: n_facts facts, or as many as the task's own stories have if those are fewer
-        (with `share` of 0 .. 1 so far between 2 and that), and every question on them that any of the tasks
-        asks (max_questions at most), some also at `asides` points before; its length drawn from room =
-        (least, most) tokens; without background if most is 0 or the facts leave no room."""
+               max_questions: int = 8, asides: int = 0, share: float | None = None, usual: float = 0.9
+               ) -> Document:
+        """A training document: n_facts facts, or as many as are enough for a share `usual` of the task's own
+        questions if those are fewer (with `share` of 0 .. 1 so far between 2 and that), and every question on
+        them that any of the tasks asks (max_questions at most), some also at `asides` points before; its
+        length drawn from room = (least, most) tokens; without background if most is 0 or the facts leave no
+        room."""
         task = tasks[int(rng.random() * len(tasks))]
-        n_facts = min(n_facts, max(2, usual_facts(task)))
+        n_facts = min(n_facts, max(2, usual_facts(task, usual)))
         n_facts = n_facts if share is None else 2 + int(share * (n_facts - 1))
         texts, questions, early = self.story(task, n_facts, rng, asides, tasks)
         questions = questions[:max_questions]

@@ -9,6 +9,7 @@ many, and a resumed run see the same ones.
 import random
 import signal
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Iterator, NamedTuple
 
@@ -55,6 +56,38 @@ class Stage:
         return stage
 
 
+class Curriculum:
+    """The stages of a run and where it stands in them: a stage is left when enough answers were right in the
+    latest steps on its longest documents, or when its steps are spent; the last one never."""
+
+    def __init__(self, stages: list[Stage], leave_at: float, leave_plain_at: float, window: int, steps: int):
+        self.stages, self.most = stages, steps
+        self.leave_at, self.leave_plain_at = leave_at, leave_plain_at
+        self.at = self.steps = 0                    # number of the stage, steps taken in it
+        self.recent = deque(maxlen=window)          # shares of right answers of its latest steps
+
+    def __str__(self) -> str:
+        return f"{self.at + 1}/{len(self.stages)}"
+
+    @property
+    def stage(self) -> Stage:
+        return self.stages[self.at]
+
+    @property
+    def last(self) -> bool:
+        return self.at + 1 == len(self.stages)
+
+    def advance(self) -> str | None:
+        """Enter the next stage if this one is learned or spent; a line to print if so."""
+        left, steps, mean = self.stage, self.steps, sum(self.recent) / max(1, len(self.recent))
+        learned = mean >= (self.leave_at if left.segments else self.leave_plain_at)
+        if self.last or not (learned and len(self.recent) == self.recent.maxlen or steps >= self.most):
+            return None
+        self.at, self.steps = self.at + 1, 0
+        self.recent.clear()
+        return f"{left} {mean:.0%} after {steps} steps, now {self.stage}"
+
+
 class Batch(NamedTuple):
     idx: Tensor                         # (B, T) int64, padded on the right, with background to whole segments
     targets: Tensor                     # (B, T) int64, -1 where nothing is asked
@@ -88,6 +121,7 @@ class Maker:
     asides: int                         # points before the end, 1 to so many, at which some are asked too
     seed: int
     together: int = 1                   # batches of a step: their documents are of one length, or all plain
+    usual: float = 0.9                  # share of a task's questions for which its stories have enough facts
 
     def __getitem__(self, key: tuple[Stage, int]) -> tuple[tuple[Stage, int], Batch]:
         (stage, number), S = key, key[0].segment_len
@@ -103,7 +137,7 @@ class Maker:
             share = None if rng.random() < 0.5 else rng.random()
             asides = 1 + int(rng.random() * self.asides) if often and rng.random() < often else 0
             documents.append(self.builder.lesson(stage.tasks or self.tasks, stage.facts, room, rng,
-                                                 asides=asides, share=share))
+                                                 asides=asides, share=share, usual=self.usual))
         T = max(len(d.ids) for d in documents)
         T = T if bare and T < S else -(-T // S) * S     # whole segments: one pass, and few different shapes
         documents = documents[:max(1, self.tokens // T)]    # facts may need more segments than the stage has

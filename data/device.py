@@ -40,8 +40,8 @@ def check_compiler(device: torch.device) -> None:
 def compile_blocks(model: nn.Module, **options) -> None:
     """Compile in place what whole segments of an LM2 pass through, with torch.compile's options: three graphs
     a block, without breaks, shared by all blocks; the loop over segments stays outside, so that a longer
-    document needs no other graph. Open segments, calls with a trace or without gradients, and banks that are
-    not written run as they are. What nothing has used may get a gradient of zeros instead of none."""
+    document needs no other graph. Open segments, calls without gradients, and banks that are not written run
+    as they are. What nothing has used may get a gradient of zeros instead of none."""
     config = torch._dynamo.config  # graphs a function, beyond which it refuses: ours are few, but not 8
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # PyTorch 2.6
     setattr(config, limit, max(getattr(config, limit), 64))

@@ -14,8 +14,10 @@ write   R: a row a sentence, summed over its tokens, a column a slot. Within a s
         all others.
 """
 from bisect import bisect_left, bisect_right
+from contextlib import contextmanager
+from functools import partial
 from itertools import groupby, takewhile
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,15 +60,40 @@ def prepare(model: LM2, doc: Document, layer: int | None) -> Tensor:
     return ids
 
 
+@contextmanager
+def recording(model: LM2) -> Iterator[list[dict]]:
+    """A list that gets, within the `with`, a dict of each block with memory and piece of a call: layer, A (R,
+    HM, T, N), g_out, g_in (R, T, D), and lists, an item a write, R (B, HM, N, S+1), g_forget (B, N, D). Of
+    compiled blocks (data/device.py) only calls without gradients are seen."""
+    notes, memories = [], {i: b.memory for i, b in enumerate(model.layers) if b.memory is not None}
+
+    def record(layer: int, **seen: Tensor) -> None:
+        if "g_in" in seen:                              # it comes first in a block, then its writes and read
+            notes.append(dict(layer=layer, R=[], g_forget=[]))
+        for key, x in seen.items():
+            if key in ("R", "g_forget"):
+                notes[-1][key].append(x)
+            else:
+                notes[-1][key] = x
+
+    try:
+        for i, memory in memories.items():
+            memory.record = partial(record, i)
+        yield notes
+    finally:
+        for memory in memories.values():
+            del memory.record
+
+
 @torch.no_grad()
 def reads(model: LM2, ids: Tensor, head: str) -> list[Tensor]:
     """A of the last segment of ids (1, T), twice (L, tokens, N): with banks at M_0, and as carried to it."""
     last = (ids.shape[1] - 1) // model.cfg.segment_len * model.cfg.segment_len
     out = []
     for state in (None, model.read(ids[:, :last])[1]):
-        trace: list[dict] = []
-        model(ids[:, last:], state=state, keep="last", trace=trace)
-        out.append(torch.stack([pick(t["A"][0], head) for t in trace if "A" in t]))     # (L, tokens, N)
+        with recording(model) as notes:
+            model(ids[:, last:], state=state, keep="last")
+        out.append(torch.stack([pick(note["A"][0], head) for note in notes]))           # (L, tokens, N)
     return out
 
 
@@ -76,9 +103,9 @@ def writes(model: LM2, ids: Tensor, cuts: list[int], head: str) -> list[tuple[li
     summed over the tokens of each, the null last, (L, N, sentences + 1). `cuts` are the document's."""
     S, state, out = model.cfg.segment_len, None, []
     for start in range(0, ids.shape[1] - S + 1, S):     # one at a time: R of a million tokens is gigabytes
-        trace: list[dict] = []
-        _, _, state = model(ids[:, start:start + S], state=state, keep="last", trace=trace)
-        R = torch.stack([pick(t["R"][0][0], head) for t in trace if "R" in t])          # (L, N, S+1)
+        with recording(model) as notes:
+            _, _, state = model(ids[:, start:start + S], state=state, keep="last")
+        R = torch.stack([pick(note["R"][0][0], head) for note in notes])                # (L, N, S+1)
         starts = [start, *cuts[bisect_right(cuts, start):bisect_left(cuts, start + S)]]
         edges = starts + [start + S, start + S + 1]                                     # the null is the last
         parts = [R[..., a - start:b - start].sum(dim=-1) for a, b in zip(edges, edges[1:])]

@@ -2,13 +2,13 @@
 
     python -m data.seeds assets/models.json --columns "lm2 on" "rmt on"
     python -m data.seeds assets/models.json --columns "lm2 off" "lm2 other" --which outside
-    python -m data.seeds assets/five.json --across lengths                # a line a task and model
-    python -m data.seeds assets/ten.json --across tasks                   # a line a length, model and seed
+    python -m data.seeds assets/ten.json --across lengths --tasks qa1-5   # a line a column and seed
+    python -m data.seeds assets/ten.json --across tasks --lengths 4k
 
 Writes nothing. A model evaluated as --ckpt lm2-0=... lm2-1=... is one column, "lm2 on", of seeds 0 and 1. A
 cell is the median of the seeds (of an even number the lower of the middle two), Wilson's interval for that
-seed's samples, which says nothing of other seeds, and every seed's share in their order; with the tasks side
-by side every seed has a line. Means over tasks appear where all of qa1-5 or qa1-10 were asked.
+seed's samples, which says nothing of other seeds, and every seed's share in their order; with tasks or with
+lengths side by side every seed has a line. Means over tasks appear where all of qa1-5 or qa1-10 were asked.
 """
 import json
 import statistics
@@ -109,67 +109,66 @@ def cell(found: list[list[dict]], keys: tuple[str, str, str], n: int | None = No
     return text + (few if n not in (None, size(most, n_key)) else "")
 
 
-def groups_of(cells: list[dict]) -> dict[str, list[str]]:
-    """The tasks in order, each by itself, and of "qa1-5" and "qa1-10" those whose tasks are all there."""
+def groups_of(cells: list[dict], asked: list[str] | None = None) -> dict[str, list[str]]:
+    """The tasks in order, each by itself, and of "qa1-5" and "qa1-10" those whose tasks are all there; or
+    those asked for. ValueError for one that is not there."""
     tasks = sorted({c["task"] for c in cells}, key=lambda task: int(task[2:]))
-    return {t: [t] for t in tasks} | {g: of for g, of in GROUPS.items() if set(of) <= set(tasks)}
+    groups = {t: [t] for t in tasks} | {g: of for g, of in GROUPS.items() if set(of) <= set(tasks)}
+    return {name: groups[name] for name in choose("--tasks", asked, list(groups))}
 
 
 def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "exact",
-             across: str = "models") -> str:
-    """The table: a line a task and length, or with `across` "lengths" a line a task and column, and one of
-    the best constant answer below each task; ValueError for a column that is not there."""
+             tasks: list[str] | None = None) -> str:
+    """The table with the columns side by side: a line a task and length; ValueError for a column that is not
+    there."""
     _, *keys = BLOCKS[which]
     n_key, _, floor_key = keys
     there = by_column(cells)
     columns = choose("--columns", columns, list(there))
-    groups = {g if len(of) == 1 else f"mean of {g}": of for g, of in groups_of(cells).items()}
-    lengths, rows = sorted({c["length"] for c in cells}), []
-    for group, members in groups.items():
-        found = {(name, x): pick(there[name], members, x, n_key) for name in columns for x in lengths}
-        first = {x: next((found[name, x][0] for name in columns if found[name, x]), None) for x in lengths}
-        floors = {x: f"{100 * share(f, n_key, floor_key):.1f}" if f else "-" for x, f in first.items()}
-        if across == "models":
-            for x, n in [(x, size(first[x], n_key)) for x in lengths if first[x]]:
-                rows.append([group, length_name(x), f"{n}", floors[x]]
-                            + [cell(found[name, x], keys, n) for name in columns])
-        else:       # a line's floor says what n is, where that is not the first task's
-            most = {x: size(first[x] or [], n_key) for x in lengths}
-            usual = usual if rows else most
-            rows += [[group, name] + [cell(found[name, x], keys, most[x]) for x in lengths]
-                     for name in columns if any(found[name, x] for x in lengths)]
-            rows.append([group, "floor", *(f"{floors[x]}, n = {n}" if n not in (0, usual[x]) else floors[x]
-                                           for x, n in most.items())])
-    head = (["task", "length", "n", "floor", *columns] if across == "models" else
-            ["task", "column", *(f"{length_name(x)}, n = {n}" for x, n in usual.items())])
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    head = ["task", "length", "n", "floor", *columns]
+    rows = [head, ["---"] * len(head)]
+    for group, members in groups_of(cells, tasks).items():
+        for length in sorted({c["length"] for c in cells}):
+            found = [pick(there[name], members, length, n_key) for name in columns]
+            first = next((f[0] for f in found if f), None)
+            if first:
+                n = size(first, n_key)
+                name, best = "mean of " * (len(members) > 1) + group, 100 * share(first, n_key, floor_key)
+                rows.append([name, length_name(length), f"{n}", f"{best:.1f}"]
+                            + [cell(f, keys, n) for f in found])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def side_by_side(cells: list[dict], columns: list[str] | None = None, which: str = "exact") -> str:
-    """The table with the tasks side by side: a line a length, column and seed, and one of the best constant
-    answers (the first line's that has any) with the samples a task; of means the interval too."""
+def side_by_side(cells: list[dict], columns: list[str] | None = None, which: str = "exact",
+                 across: str = "tasks", tasks: list[str] | None = None) -> str:
+    """The table with the tasks side by side, a line a length, column and seed, or with the lengths side by
+    side, a line a task, column and seed; below these lines one of the best constant answers (the first line's
+    that has any) with the samples a task. Of means, and of tasks that have a line, the interval too."""
     _, n_key, hits_key, floor_key = BLOCKS[which]
-    there, groups = by_column(cells), groups_of(cells)
-    rows = [["length", "column", *groups], ["---"] * (2 + len(groups))]
-    for length in sorted({c["length"] for c in cells}):
-        floors, sizes = ["-"] * len(groups), set()
-        for name in choose("--columns", columns, list(there)):
-            for model, seed in there[name].items():
-                row = []
-                for i, members in enumerate(groups.values()):
-                    text = "-"
-                    for found in pick({model: seed}, members, length, n_key):
-                        sizes |= {c[n_key] for c in found}
-                        text = percent(*pooled(found, n_key, hits_key)).replace(",", ", ")
-                        if floors[i] == "-":
-                            floors[i] = f"{100 * share(found, n_key, floor_key):.1f}"
-                    row.append(text if len(members) > 1 else text.split(" ")[0])
-                if set(row) != {"-"}:
-                    label = name if len(there[name]) == 1 else f"{model} {name.rpartition(' ')[2]}"
-                    rows.append([length_name(length), label, *row])
+    there, groups = by_column(cells), groups_of(cells, tasks)
+    columns = choose("--columns", columns, list(there))
+    lengths = {length_name(x): x for x in sorted({c["length"] for c in cells})}
+    downs, acrosses = (lengths, groups) if across == "tasks" else (groups, lengths)
+    rows = [["length" if across == "tasks" else "task", "column", *acrosses], ["---"] * (2 + len(acrosses))]
+    for down in downs:
+        floors, sizes = ["-"] * len(acrosses), set()
+        for name, model in ((name, model) for name in columns for model in there[name]):
+            row = []
+            for i, right in enumerate(acrosses):
+                group, length = (right, down) if across == "tasks" else (down, right)
+                text = "-"
+                for found in pick({model: there[name][model]}, groups[group], lengths[length], n_key):
+                    sizes |= {c[n_key] for c in found}
+                    text = percent(*pooled(found, n_key, hits_key)).replace(",", ", ")
+                    if floors[i] == "-":
+                        floors[i] = f"{100 * share(found, n_key, floor_key):.1f}"
+                row.append(text if across == "lengths" or len(groups[group]) > 1 else text.split(" ")[0])
+            if set(row) != {"-"}:
+                label = name if len(there[name]) == 1 else f"{model} {name.rpartition(' ')[2]}"
+                rows.append([down, label, *row])
         if sizes := sorted(sizes):
             n = f"n = {sizes[0]}" + f" to {sizes[-1]}" * (len(sizes) > 1)
-            rows.append([length_name(length), f"floor, {n}", *floors])
+            rows.append([down, f"floor, {n}", *floors])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -178,6 +177,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("figures", metavar="FILE", nargs="+",
                         help="what babilong_eval.py --figures wrote; several make one table")
     parser.add_argument("--columns", nargs="+", help='such as "lm2 on" "lm2 off" (default all)')
+    parser.add_argument("--tasks", nargs="+", help="such as qa1, or qa1-5 for that mean (default all)")
+    parser.add_argument("--lengths", nargs="+", help="such as 0k 4k (default all)")
     parser.add_argument("--which", default="exact", choices=("exact", "outside", "official"),
                         help="exact match; of facts outside the window; the benchmark's own metric "
                              "(default exact)")
@@ -186,8 +187,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_line("python -m data.seeds"):
         cells = sum(map(load_figures, args.figures), [])
-        print(side_by_side(cells, args.columns, args.which) if args.across == "tasks" else
-              markdown(cells, args.columns, args.which, args.across))
+        there = [length_name(x) for x in sorted({c["length"] for c in cells})]
+        lengths = choose("--lengths", args.lengths, there)
+        cells = [c for c in cells if length_name(c["length"]) in lengths]
+        print(markdown(cells, args.columns, args.which, args.tasks) if args.across == "models" else
+              side_by_side(cells, args.columns, args.which, args.across, args.tasks))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from data.metrics import cells, wilson  # noqa: E402
 class PlainForget(lm2.Memory):
     """M <- C + g_forget * M: Eq. (6)'s forgetting, in every segment, whatever it wrote."""
 
-    def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor, trace: dict | None) -> Tensor:
+    def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor) -> Tensor:
         scores = self.heads(K) @ self.heads(Q).mT / self.width ** 0.5                   # (B, HM, N, S)
         null = self.null[:, None, None].expand(*scores.shape[:-1], 1)
         R = torch.cat((scores, null), dim=-1).softmax(dim=-1)                           # (B, HM, N, S+1)
@@ -71,7 +71,7 @@ class PaperCandidate(lm2.Memory):
         super().__init__(cfg)
         del self.w_write
 
-    def tokens(self, x: Tensor, trace: dict | None) -> tuple[Tensor, Tensor]:
+    def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
         E = self.token_norm(x)
         return self.wq(E), torch.sigmoid(self.w_in(E))
 
@@ -80,15 +80,15 @@ class PaperCandidate(lm2.Memory):
         A = (self.heads(Q) @ self.heads(K).mT / self.width ** 0.5).softmax(dim=-1)      # (B, HM, S, N)
         return (A @ self.heads(self.wv(self.slots(M)))).transpose(1, 2).flatten(-2)
 
-    def write(self, M: Tensor, K: Tensor, Q: Tensor, g_in: Tensor, trace: dict | None) -> Tensor:
-        return super().write(M, K, Q, g_in * torch.tanh(self.E_mem(M, K, Q)), trace)
+    def write(self, M: Tensor, K: Tensor, Q: Tensor, g_in: Tensor) -> Tensor:
+        return super().write(M, K, Q, g_in * torch.tanh(self.E_mem(M, K, Q)))
 
 
 class PaperUpdate(PaperCandidate):
     """g_in * tanh(E_mem) + g_forget * M with g_forget = sigmoid(E_mem w_forget), Eqs. (4) to (6) as printed,
     but for what does not fit: T x d terms come to the N x d bank by R, which has no null."""
 
-    def write(self, M: Tensor, K: Tensor, Q: Tensor, g_in: Tensor, trace: dict | None) -> Tensor:
+    def write(self, M: Tensor, K: Tensor, Q: Tensor, g_in: Tensor) -> Tensor:
         R = (self.heads(K) @ self.heads(Q).mT / self.width ** 0.5).softmax(dim=-1)      # (B, HM, N, S)
         E_mem = self.E_mem(M, K, Q)                                                     # (B, S, D)
         add, keep = ((R @ self.heads(x)).transpose(1, 2).flatten(-2)
@@ -103,29 +103,29 @@ class OwnQuery(lm2.Memory):
         super().__init__(cfg)
         self.wq_write = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
 
-    def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor, trace: dict | None) -> Tensor:
-        return super().write(M, K, self.wq_write(Q), c, trace)
+    def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor) -> Tensor:
+        return super().write(M, K, self.wq_write(Q), c)
 
 
 class MemoryLast(lm2.Block):
     """Attention, MLP, memory: tokens read and write behind the MLP."""
 
-    def before(self, x: Tensor, turn: Tensor, cache: tuple | None, trace: dict | None) -> tuple:
+    def before(self, x: Tensor, turn: Tensor, cache: tuple | None) -> tuple:
         h, k, v = self.attention(self.attention_norm(x), turn, cache)
         x = x + h
         x = x + self.feed_forward(self.ffn_norm(x))
-        return x, k, v, *self.memory.tokens(x, trace)
+        return x, k, v, *self.memory.tokens(x)
 
-    def after(self, x: Tensor, Q: Tensor, K: Tensor, V: Tensor, trace: dict | None) -> Tensor:
-        return x + self.memory.read(Q, K, V, trace)
+    def after(self, x: Tensor, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
+        return x + self.memory.read(Q, K, V)
 
 
 class MemoryFirst(lm2.Block):
     """Queries, input gates and candidates are made from the block's input, before self-attention."""
 
-    def before(self, x: Tensor, turn: Tensor, cache: tuple | None, trace: dict | None) -> tuple:
+    def before(self, x: Tensor, turn: Tensor, cache: tuple | None) -> tuple:
         h, k, v = self.attention(self.attention_norm(x), turn, cache)
-        return x + h, k, v, *self.memory.tokens(x, trace)
+        return x + h, k, v, *self.memory.tokens(x)
 
 
 def start(name: str, value: float) -> Callable[[lm2.LM2], None]:
@@ -201,7 +201,7 @@ def run(name: str, seed: int, lengths: list[int], n: int, flags: str) -> dict:
         found = {length_name(c["length"]): c for c in cells(t.evaluate(lengths, n, 0, ("on",)))}
     counts = {key: {x: c[key] for x, c in found.items()} for key in ("exact", "floor")}
     return dict(row=name, seed=seed, flags=flags, minutes=round(t.seconds / 60, 1), tokens=t.tokens, n=n,
-                params=t.model.n_params()[0], stage=str(t.stages[t.stage])) | counts
+                params=t.model.n_params()[0], stage=str(t.course.stage)) | counts
 
 
 def show(runs: list[dict]) -> str:

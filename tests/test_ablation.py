@@ -104,7 +104,7 @@ def test_the_papers_update_is_that_of_plain_loops():
     torch.manual_seed(0)
     made = model("paper Eqs. (4) to (6)").layers[0].memory
     M, x = torch.randn(1, 16, 64).double(), torch.randn(1, 6, 64).double()
-    Q, g_in = made.tokens(x, None)
+    Q, g_in = made.tokens(x)
     seen = made.slots(M)
     K, V, new = made.wk(seen), made.wv(seen), torch.zeros(16, 64).double()
     of = slice(0, 32), slice(32, 64)
@@ -117,7 +117,7 @@ def test_the_papers_update_is_that_of_plain_loops():
                 forget = torch.sigmoid(made.w_forget(E_mem))[:, d]
                 new[slot, d] = sum(R[t] * (g_in[0, t, d] * E_mem[t, d].tanh() + forget[t] * M[0, slot, d])
                                    for t in range(6))
-    assert (made.write(M, K, Q, g_in, None)[0] - new).abs().max() < 1e-12
+    assert (made.write(M, K, Q, g_in)[0] - new).abs().max() < 1e-12
 
 
 def test_a_table_without_figures_and_an_unknown_row_end_in_one_line(tmp_path, capsys):

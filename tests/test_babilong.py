@@ -409,10 +409,12 @@ def test_puzzles_are_asked_at_their_end_alone(train_set):
 
 
 def test_a_lesson_has_no_more_facts_than_the_stories_of_its_task(train_set):
-    rng = random.Random(0)
+    rng, rare = random.Random(0), {}
     for task, least, most in (("qa1", 10, 10), ("qa2", 20, 40), ("qa3", 70, 150)):
         counts = {len(train_set.lesson([task], 500, (0, 0), rng, share=s).texts) for s in (None, 0.999)}
-        assert len(counts) == 1 and least <= counts.pop() <= most
+        assert len(counts) == 1 and least <= (usual := counts.pop()) <= most
+        rare[task] = len(train_set.lesson([task], 500, (0, 0), rng, usual=1.0).texts) / usual
+    assert rare["qa1"] == 1 < min(rare["qa2"], rare["qa3"])     # a larger share needs longer stories
     half = [len(train_set.lesson(["qa1"], 500, (0, 0), rng, share=i / 90).texts) for i in range(90)]
     assert [half.count(n) for n in range(2, 11)] == [10] * 9
 

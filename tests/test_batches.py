@@ -13,7 +13,7 @@ import torch
 
 from data import batches
 from data.babilong import Builder
-from data.batches import Batches, Maker, Stage
+from data.batches import Batches, Curriculum, Maker, Stage
 from data.tokenizer import load
 from test_babilong import MOVED, book, last_rooms
 from test_scripts import no_worker_left, refused  # noqa: F401: used by every test here
@@ -257,3 +257,51 @@ def test_the_command_prints_how_fast_a_stage_is_made(train_set, monkeypatch, cap
 def test_the_command_names_a_flag_that_cannot_be(train_set, monkeypatch, capsys, flags, named):
     monkeypatch.setattr(batches, "Builder", lambda *_: train_set)
     assert named in refused(capsys, batches.main, *flags)
+
+
+# The curriculum
+
+def course(**changes):
+    stages = [Stage.parse(text, 64) for text in ("2:0", "4:2:32", "6:3")]
+    return Curriculum(**dict(stages=stages, leave_at=0.75, leave_plain_at=0.75, window=4, steps=50) | changes)
+
+
+def test_a_stage_is_left_when_its_latest_steps_are_right_often_enough():
+    c = course()
+    c.recent.extend([0.5, 1.0, 0.5, 0.9])
+    c.steps = 10
+    assert c.advance() is None and c.at == 0
+    c.recent.extend([1.0, 0.6])                 # the latest four are 0.5, 0.9, 1.0 and 0.6
+    assert c.advance() == "2 facts 75% after 10 steps, now 4 facts in 2 x 32"
+    assert (c.at, c.steps, list(c.recent), c.stage) == (1, 0, [], Stage(4, 2, 32))
+
+
+def test_a_stage_without_background_has_a_share_of_its_own():
+    c = course(leave_plain_at=0.9)
+    c.recent.extend([0.8] * 4)
+    assert c.advance() is None
+    c.recent.extend([0.95] * 4)
+    assert c.advance() and c.stage.segments
+    c.recent.extend([0.8] * 4)
+    assert c.advance() and c.last
+
+
+def test_a_stage_is_not_left_before_its_window_of_steps_is_full():
+    c = course()
+    c.recent.extend([1.0] * 3)
+    assert c.advance() is None and c.at == 0
+
+
+def test_a_stage_is_left_when_its_steps_are_spent():
+    c = course()
+    c.steps = 49
+    assert c.advance() is None
+    c.steps = 50
+    assert c.advance() and c.at == 1
+
+
+def test_the_last_stage_is_never_left():
+    c = course()
+    c.at, c.steps = 2, 10_000
+    c.recent.extend([1.0] * 4)
+    assert c.last and c.advance() is None and c.at == 2

@@ -22,6 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import reference  # noqa: E402
 from data.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from data.device import bfloat16_layers, compile_blocks  # noqa: E402
+from data.heatmaps import recording  # noqa: E402
 from data.tokenizer import load  # noqa: E402
 from data.recipes import PRESETS  # noqa: E402
 from lm2 import LM2, LM2Config, turn_table  # noqa: E402
@@ -407,12 +408,13 @@ def test_a_little_forgetting_in_every_segment_is_not_rounded_away_under_bfloat16
 @torch.no_grad()
 @pytest.mark.parametrize("length", [1, 5, 64])
 def test_with_equal_scores_a_slot_leaves_two_fifths_unwritten_whatever_the_segment_length(length):
-    model, trace = LM2(LM2Config(**{**SMALL, "segment_len": length})), []
+    model = LM2(LM2Config(**{**SMALL, "segment_len": length}))
     near(model.layers[0].memory.null, torch.full((2,), math.log(length) - 0.5), 1e-6)
     for layer in model.layers:
         layer.memory.wq.weight.zero_()
-    model(text(1, length), trace=trace)
-    for note in trace:
+    with recording(model) as notes:
+        model(text(1, length))
+    for note in notes:
         declined = note["R"][0][..., -1]
         near(declined, torch.full_like(declined, 1 / (1 + math.exp(0.5))), 1e-5)  # 0.378
 
@@ -608,30 +610,33 @@ def test_positions_to_keep_without_targets_give_their_logits_in_the_order_asked_
 @torch.no_grad()
 def test_memory_sits_on_the_first_n_mem_layer_blocks():
     for n in (0, 1, 2, None):
-        model, trace = build(n_mem_layer=n), []
-        state = model(text(1, S), trace=trace)[2]
+        model = build(n_mem_layer=n)
+        with recording(model) as notes:
+            state = model(text(1, S))[2]
         with_memory = set(range(2 if n is None else n))
         assert {i for i, b in enumerate(state.blocks) if b.bank is not None} == with_memory
         assert {int(name.split(".")[1]) for name in model.state_dict() if ".memory." in name} == with_memory
-        assert {note["layer"] for note in trace if "A" in note} == with_memory
+        assert {note["layer"] for note in notes if "A" in note} == with_memory
         assert model.n_params()[1] == len(with_memory) * (7 * 16 * 16 + 3 * 16 + 2 * 16 + 2)
 
 
 @torch.no_grad()
-def test_the_trace_holds_weights_that_sum_to_one_and_the_gates():
-    model, trace = build(), []
-    model(text(2, 3 * S + 2), trace=trace)
-    assert [(note["layer"], note["start"]) for note in trace] == [(0, 0), (1, 0), (0, 3 * S), (1, 3 * S)]
-    for note, rows, length in zip(trace, (6, 6, 2, 2), (S, S, 2, 2)):
+def test_a_recording_holds_weights_that_sum_to_one_and_the_gates_and_ends_with_its_block():
+    model, idx = build(), text(2, 3 * S + 2)
+    with recording(model) as notes:
+        logits = model(idx)[0]
+    near(logits, model(idx)[0], 0)
+    assert [note["layer"] for note in notes] == [0, 1, 0, 1]
+    for note, rows, length in zip(notes, (6, 6, 2, 2), (S, S, 2, 2)):
         assert note["A"].shape == (rows, 2, length, 6) and (note["A"] > 0).all()
         near(note["A"].sum(dim=-1), torch.ones(rows, 2, length, dtype=torch.float64))
         assert note["g_in"].shape == note["g_out"].shape == (rows, length, 16)
-        assert len(note.get("R", [])) == len(note.get("g_forget", [])) == (3 if length == S else 0)
-        for R, g_forget in zip(note.get("R", []), note.get("g_forget", [])):
+        assert len(note["R"]) == len(note["g_forget"]) == (3 if length == S else 0)
+        for R, g_forget in zip(note["R"], note["g_forget"]):
             assert R.shape == (2, 2, 6, S + 1) and (R > 0).all()
             near(R.sum(dim=-1), torch.ones(2, 2, 6, dtype=torch.float64))
             assert g_forget.shape == (2, 6, 16)
-        gates = [note["g_in"], note["g_out"], *note.get("g_forget", [])]
+        gates = [note["g_in"], note["g_out"], *note["g_forget"]]
         assert all(0 < g.min() and g.max() < 1 and g.std() > 0.01 for g in gates)
 
 
@@ -730,13 +735,14 @@ def test_compiled_what_nothing_has_used_gets_no_gradient_or_one_of_zeros(compile
 
 
 @torch.no_grad()
-def test_a_compiled_model_has_its_names_and_decodes_token_by_token_and_with_a_trace(compiled):
+def test_a_compiled_model_has_its_names_and_decodes_token_by_token_and_recorded(compiled):
     model, fast = compiled
     assert list(fast.state_dict()) == list(model.state_dict())
-    idx, trace = text(2, 2 * S + 2), []
+    idx = text(2, 2 * S + 2)
     near(feed(fast, idx, 1)[0], model(idx)[0], 1e-5)
-    near(fast(idx, trace=trace)[0], model(idx)[0], 1e-5)
-    assert [note["layer"] for note in trace] == [0, 1, 0, 1] and all("A" in note for note in trace)
+    with recording(fast) as notes:
+        near(fast(idx)[0], model(idx)[0], 1e-5)
+    assert [note["layer"] for note in notes] == [0, 1, 0, 1] and all("A" in note for note in notes)
     prompt = text(2, S + 3)
     assert torch.equal(fast.generate(prompt, 2 * S), model.generate(prompt, 2 * S))
 

@@ -77,12 +77,12 @@ def doc(tok):
 
 
 @pytest.fixture(scope="module")
-def traced(model, doc):
-    """The trace of the document in one call, by the module's own words: A (G, HM, S, N) and the list of R."""
-    ids, trace = torch.from_numpy(doc.prompt())[None], []
-    with torch.no_grad():
-        model(ids, trace=trace)
-    return ids, trace
+def recorded(model, doc):
+    """The document and what one call on it records, of each block A (G, HM, S, N) and the list of R."""
+    ids = torch.from_numpy(doc.prompt())[None]
+    with torch.no_grad(), heatmaps.recording(model) as notes:
+        model(ids)
+    return ids, notes
 
 
 @pytest.fixture(scope="module")
@@ -180,38 +180,38 @@ def test_a_file_that_holds_no_cells_is_refused(tmp_path, text):
 
 # ---- the memory: computation ----
 
-def test_before_reads_the_bank_at_m0_and_after_the_bank_that_the_document_has_written(model, traced):
-    ids, trace = traced
+def test_before_reads_the_bank_at_m0_and_after_the_bank_that_the_document_has_written(model, recorded):
+    ids, notes = recorded
     before, after = heatmaps.reads(model, ids, "mean")
-    last, alone = ids.shape[1] // S * S, []
-    with torch.no_grad():
-        model(ids[:, last:], trace=alone)
+    last = ids.shape[1] // S * S
+    with torch.no_grad(), heatmaps.recording(model) as alone:
+        model(ids[:, last:])
     for i in range(L):
         torch.testing.assert_close(before[i], alone[i]["A"][0].mean(0))
-        piece = [t for t in trace if t["layer"] == i][-1]            # the open segment comes last
-        assert piece["start"] == last
+        piece = [t for t in notes if t["layer"] == i][-1]            # the open segment comes last
+        assert piece["A"].shape[2] == ids.shape[1] - last
         torch.testing.assert_close(after[i], piece["A"][0].mean(0))
     assert (before - after).abs().max() > 0.05
 
 
-def test_a_full_last_segment_is_read_from_the_bank_before_it(model, traced):
-    ids, trace = traced
+def test_a_full_last_segment_is_read_from_the_bank_before_it(model, recorded):
+    ids, notes = recorded
     full = ids[:, :3 * S]
     before, after = heatmaps.reads(model, full, "1")
     for i in range(L):
-        torch.testing.assert_close(after[i], trace[i]["A"][2, 1])    # segment 3, head 1
+        torch.testing.assert_close(after[i], notes[i]["A"][2, 1])    # segment 3, head 1
     assert before.shape == after.shape == (L, S, N)
 
 
 @pytest.mark.parametrize("head", ["mean", "1"])
-def test_writes_are_r_summed_over_the_tokens_of_each_sentence(model, doc, traced, head):
-    ids, trace = traced
+def test_writes_are_r_summed_over_the_tokens_of_each_sentence(model, doc, recorded, head):
+    ids, notes = recorded
     segments = heatmaps.writes(model, ids, doc.cuts, head)
     assert len(segments) == ids.shape[1] // S
     for g, (starts, share) in enumerate(segments):
         assert starts == [g * S] + [c for c in doc.cuts if g * S < c < (g + 1) * S]
         for i in range(L):
-            R = trace[i]["R"][g][0]                                  # (HM, N, S+1)
+            R = notes[i]["R"][g][0]                                  # (HM, N, S+1)
             R = R.mean(0) if head == "mean" else R[1]
             for j, (a, b) in enumerate(zip(starts, starts[1:] + [(g + 1) * S])):
                 want = sum(R[:, t - g * S] for t in range(a, b))
@@ -219,8 +219,8 @@ def test_writes_are_r_summed_over_the_tokens_of_each_sentence(model, doc, traced
             torch.testing.assert_close(share[i, :, -1], R[:, S])
 
 
-def test_what_a_slot_takes_and_declines_sums_to_one(model, doc, traced):
-    for _, share in heatmaps.writes(model, traced[0], doc.cuts, "mean"):
+def test_what_a_slot_takes_and_declines_sums_to_one(model, doc, recorded):
+    for _, share in heatmaps.writes(model, recorded[0], doc.cuts, "mean"):
         torch.testing.assert_close(share.sum(-1), torch.ones(L, N))
         assert 0 < share[..., -1].min() and share[..., -1].max() < 1
 
@@ -280,9 +280,9 @@ def test_a_label_is_one_short_line_without_mathematics():
 
 
 @pytest.mark.parametrize("head", ["2", "-1", "all", "1.0", ""])
-def test_a_head_that_is_none_is_refused(model, traced, head):
+def test_a_head_that_is_none_is_refused(model, recorded, head):
     with pytest.raises(ValueError, match="give mean or a number from 0 to 1"):
-        heatmaps.reads(model, traced[0], head)
+        heatmaps.reads(model, recorded[0], head)
 
 
 @pytest.mark.parametrize("layer", [-1, 2])
@@ -432,10 +432,10 @@ def test_of_a_long_segment_the_last_tokens_are_shown_those_of_the_question_bold(
     assert bold == ["Where", "is", "John", "?"]
 
 
-def test_the_read_picture_takes_the_block_whose_last_token_reads_a_single_slot_most(model, tok, doc, traced):
+def test_the_read_picture_takes_the_block_whose_last_token_reads_one_slot_most(model, tok, doc, recorded):
     fig = new_figure()
     heatmaps.draw_read(fig, model, tok, doc, None, "mean")
-    most = [A[-1].max() for A in heatmaps.reads(model, traced[0], "mean")[1]]
+    most = [A[-1].max() for A in heatmaps.reads(model, recorded[0], "mean")[1]]
     assert f"block {most.index(max(most))}," in fig.get_suptitle()
 
 

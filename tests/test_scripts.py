@@ -240,8 +240,8 @@ def advance(trainer, steps):
 def snapshot(trainer):
     return dict(model=trainer.model.state_dict(), optimizer=trainer.optimizer.state_dict()["state"],
                 step=trainer.step,
-                tokens=trainer.tokens, stage=trainer.stage, stage_step=trainer.stage_step,
-                recent=list(trainer.recent), end=trainer.end, batch=trainer.batches.number,
+                tokens=trainer.tokens, stage=trainer.course.at, stage_step=trainer.course.steps,
+                recent=list(trainer.course.recent), end=trainer.end, batch=trainer.batches.number,
                 entered=trainer.batches.stage)
 
 
@@ -253,7 +253,7 @@ def test_saved_and_resumed_half_way_it_ends_bit_for_bit_as_a_run_in_one_go(folde
              "--accumulate", accumulate, "--workers", workers]
     straight = advance(make(folder, tmp_path / "a", *flags), 8)
     first = advance(make(folder, tmp_path / "b", *flags), 5)
-    assert first.stage == 2 and first.stage_step == 1
+    assert first.course.at == 2 and first.course.steps == 1
     first.save()
     kept = snapshot(first)
     kept = dict(kept, model={k: v.clone() for k, v in kept["model"].items()})
@@ -453,11 +453,11 @@ def test_a_step_as_a_cuda_graph_has_the_gradient_and_the_numbers_of_one_without(
     trainer = make(folder, tmp_path, "--stages", "3:2", "--device", "cuda", *flags)
     ends, parameters = [], list(trainer.model.parameters())
     for run in trainer.add_gradient, train.add_gradient:
-        trainer.batches.enter(trainer.stages[0])
+        trainer.batches.enter(trainer.course.stages[0])
         trainer.batches.number = trainer.batches.given = 0
         for _ in range(20):     # of few shapes: first seen, recorded, replayed
             torch._foreach_zero_([p.grad for p in parameters])
-            numbers = train.add_gradients(trainer.model, trainer.batches, trainer.stages[0], 1, trainer.c,
+            numbers = train.add_gradients(trainer.model, trainer.batches, trainer.course.stage, 1, trainer.c,
                                           trainer.device, run)[-1]
             ends.append([numbers, *(p.grad.clone() for p in parameters)])
     assert any(trainer.add_gradient.graphs.values())
@@ -596,7 +596,7 @@ def test_saving_between_two_lines_keeps_what_counts_towards_leaving_a_stage(fold
         trainer.train_step()
     trainer.save()
     kept = content(tmp_path, "recent")["recent"]
-    assert len(kept) > 1 and kept == list(trainer.recent)
+    assert len(kept) > 1 and kept == list(trainer.course.recent)
 
 
 def test_a_line_has_the_mean_loss_since_the_line_before_and_the_other_numbers_of_its_step(fit, tmp_path):
@@ -648,43 +648,6 @@ def test_the_peak_memory_of_a_child_of_a_large_parent_is_its_own():
 
 # Curriculum and learning rate
 
-def curriculum(folder, out):
-    return make(folder, out, "--stages", "2:0 4:2:32 6:3", "--leave_window", "4", "--leave_at", "0.75",
-                "--leave_plain_at", "0.75", "--stage_steps", "50")
-
-
-def test_a_stage_is_left_when_its_latest_batches_are_right_often_enough(folder, tmp_path):
-    trainer = curriculum(folder, tmp_path)
-    trainer.recent.extend([0.5, 1.0, 0.5, 0.9])
-    trainer.stage_step = 10
-    assert trainer.next_stage() is None and trainer.stage == 0
-    trainer.recent.extend([1.0, 0.6])           # the latest four are 0.5, 0.9, 1.0 and 0.6
-    line = trainer.next_stage()
-    assert (trainer.stage, trainer.stage_step, list(trainer.recent)) == (1, 0, [])
-    assert "75%" in line and "after 10 steps" in line and "4 facts in 2 x 32" in line
-
-
-def test_a_stage_is_not_left_before_its_window_of_batches_is_full(folder, tmp_path):
-    trainer = curriculum(folder, tmp_path)
-    trainer.recent.extend([1.0] * 3)
-    assert trainer.next_stage() is None and trainer.stage == 0
-
-
-def test_a_stage_is_left_when_its_steps_are_spent(folder, tmp_path):
-    trainer = curriculum(folder, tmp_path)
-    trainer.stage_step = 49
-    assert trainer.next_stage() is None
-    trainer.stage_step = 50
-    assert trainer.next_stage() and trainer.stage == 1
-
-
-def test_the_last_stage_is_never_left(folder, tmp_path):
-    trainer = curriculum(folder, tmp_path)
-    trainer.stage, trainer.stage_step = 2, 10_000
-    trainer.recent.extend([1.0] * 4)
-    assert trainer.next_stage() is None and trainer.stage == 2
-
-
 @pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"lm2-1.7b"}))
 def test_every_recipe_has_stages_that_every_preset_can_run_and_flags_win_over_it(preset):
     plain = {f.name for f in dataclasses.fields(train.TrainConfig)}
@@ -728,20 +691,20 @@ def test_only_batches_of_a_stages_most_segments_count_towards_leaving_it(folder,
     for _ in range(12):
         step(trainer)
     longest = [batch.idx.shape[1] == 3 * 64 for batch in made]
-    assert 0 < sum(longest) < 12 and len(trainer.recent) == sum(longest)
+    assert 0 < sum(longest) < 12 and len(trainer.course.recent) == sum(longest)
 
 
 def test_the_stage_decides_facts_segments_and_their_length(folder, tmp_path, monkeypatch):
-    trainer, seen = curriculum(folder, tmp_path), []
-    trainer.stage_step = 50
-    assert trainer.next_stage()
+    trainer, seen = make(folder, tmp_path, "--stages", "2:0 4:2:32 6:3", "--stage_steps", "50"), []
+    trainer.course.steps = 50
+    trainer.next_stage()
     monkeypatch.setattr(trainer.model, "forward", lambda *a, segment_len, real=trainer.model.forward, **k:
                         seen.append(segment_len) or real(*a, segment_len=segment_len, **k))
     made, real = [], Batches.__next__
     monkeypatch.setattr(Batches, "__next__", lambda self: made.append(real(self)) or made[-1])
     for _ in range(6):
         trainer.train_step()
-    assert trainer.stages == [Stage(2, 0, 64), Stage(4, 2, 32), Stage(6, 3, 64)]
+    assert trainer.course.stages == [Stage(2, 0, 64), Stage(4, 2, 32), Stage(6, 3, 64)]
     assert seen == [32] * 6
     rows = [row for batch in made for row in batch.idx.tolist()]
     facts = [len(MOVED.findall(trainer.tokenizer.decode(row))) for row in rows]

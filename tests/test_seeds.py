@@ -35,13 +35,13 @@ def test_facts_outside_the_window_have_numbers_of_their_own():
 
 
 def test_with_the_lengths_side_by_side_a_line_is_a_task_and_a_column():
-    assert seeds.markdown(CELLS, ["lm2 on", "full on"], across="lengths").split("\n") == [
-        "| task | column | 0k, n = 200 | 16k, n = 200 |", "| --- | --- | --- | --- |",
-        "| qa1 | lm2 on | 95.0 [91, 97] (98.0 90.0 95.0) | 75.0 [69, 80] |",
-        "| qa1 | full on | 50.0 [43, 57] | - |", "| qa1 | floor | 20.0 | 20.0 |"]
-    far = seeds.markdown(CELLS, ["lm2 on"], "outside", "lengths").split("\n")      # at 0k nothing is outside
-    assert far[0] == "| task | column | 0k, n = 0 | 16k, n = 100 |" and far[2:] == [
-        "| qa1 | lm2 on | - | 50.0 [40, 60] |", "| qa1 | floor | - | 50.0 |"]
+    assert seeds.side_by_side(CELLS, ["lm2 on", "full on"], across="lengths").split("\n") == [
+        "| task | column | 0k | 16k |", "| --- | --- | --- | --- |",
+        "| qa1 | lm2-0 on | 98.0 [95, 99] | 75.0 [69, 80] |", "| qa1 | lm2-1 on | 90.0 [85, 93] | - |",
+        "| qa1 | lm2-2 on | 95.0 [91, 97] | - |", "| qa1 | full on | 50.0 [43, 57] | - |",
+        "| qa1 | floor, n = 200 | 20.0 | 20.0 |"]
+    far = seeds.side_by_side(CELLS, ["lm2 on"], "outside", "lengths").split("\n")  # at 0k nothing is outside
+    assert far[2:] == ["| qa1 | lm2-0 on | - | 50.0 [40, 60] |", "| qa1 | floor, n = 100 | - | 50.0 |"]
 
 
 def test_a_mean_over_tasks_is_as_certain_as_all_their_samples_and_wants_every_task():
@@ -49,9 +49,9 @@ def test_a_mean_over_tasks_is_as_certain_as_all_their_samples_and_wants_every_ta
     lines = seeds.markdown(five + [made("rmt", 100)]).split("\n")
     assert lines[-1] == ("| mean of qa1-5 | 0k | 1000 | 20.0 | 70.0 [67, 73] (70.0 75.0) | - |")
     assert len(lines) == 2 + 5 + 1 and lines[2].endswith("| 50.0 [43, 57] |")
-    lines = seeds.markdown(five, across="lengths").split("\n")
-    assert len(lines) == 2 + 2 * 5 + 2 and lines[-1] == "| mean of qa1-5 | floor | 20.0, n = 1000 |"
-    assert lines[0] == "| task | column | 0k, n = 200 |" and lines[3] == "| qa1 | floor | 20.0 |"
+    lines = seeds.side_by_side(five, across="lengths", tasks=["qa1-5"]).split("\n")
+    assert lines[2:] == ["| qa1-5 | lm2-0 on | 70.0 [67, 73] |", "| qa1-5 | lm2-10 on | 75.0 [72, 78] |",
+                         "| qa1-5 | floor, n = 200 | 20.0 |"]
 
 
 def test_with_the_tasks_side_by_side_a_line_is_a_length_a_column_and_a_seed():
@@ -72,8 +72,7 @@ def test_with_the_tasks_side_by_side_a_line_is_a_length_a_column_and_a_seed():
 
 def test_a_column_with_fewer_samples_says_so_and_has_a_floor_of_its_own():
     few = made("rmt", 30) | dict(n=40, floor=10)
-    for across in "models", "lengths":
-        assert "| 75.0 [60, 86], n = 40, floor 25.0 |" in seeds.markdown([CELLS[0], few], across=across)
+    assert "| 75.0 [60, 86], n = 40, floor 25.0 |" in seeds.markdown([CELLS[0], few])
 
 
 def test_the_command_prints_the_table_and_names_what_is_not_there(tmp_path, capsys):
@@ -86,11 +85,15 @@ def test_the_command_prints_the_table_and_names_what_is_not_there(tmp_path, caps
     seeds.main([str(file), str(more), "--columns", "lm2 off", "rmt on"])
     line = capsys.readouterr().out.split("\n")[2]
     assert line == "| qa1 | 0k | 200 | 20.0 | 20.0 [15, 26] | 50.0 [43, 57] |"
+    seeds.main([str(file), "--lengths", "16k", "--tasks", "qa1", "--across", "tasks"])
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[2:4] == ["| 16k | lm2 on | 75.0 |", "| 16k | floor, n = 200 | 20.0 |"]
     wrong = tmp_path / "wrong.json"
     for change in dict(task="foo"), dict(outside_exact=3), dict(floor_outside=None):
         wrong.write_text(json.dumps(dict(cells=[CELLS[0] | change])))
         assert "wrong.json" in refused(capsys, seeds.main, str(wrong))
     for flags, named in (([str(file), "--columns", "rmt on"], "rmt on"),
+                         ([str(file), "--lengths", "4k"], "4k"), ([str(file), "--tasks", "qa1-5"], "qa1-5"),
                          ([str(tmp_path / "no.json")], "no.json"),
                          ([str(file), str(more), str(more)], "'rmt-0 on' has qa1 at 0k in two files")):
         assert named in refused(capsys, seeds.main, *flags)
