@@ -6,12 +6,13 @@ Writes nothing but the line on standard error.
 """
 import argparse
 import contextlib
+import functools
 import inspect
 import json
 import sys
 import types
 import typing
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 
@@ -27,13 +28,12 @@ class Parser(argparse.ArgumentParser):
     def add_fields(self, config: type, skip: tuple[str, ...] = (), shown: dict | None = None):
         """One flag for each field of a dataclass: its type, its default, and the comment behind it as help.
         A flag that is not given is None, so that a preset can be told from an explicit choice."""
-        notes = field_notes(inspect.getsource(config))
         for f in fields(config):
             if f.name in skip:
                 continue
-            kind = field_type(f, config)
+            kind, note = described(config)[f.name]
             default = (shown or {}).get(f.name, None if f.default is MISSING else f.default)
-            text = f"{notes[f.name]} (default {default})".replace("%", "%%")
+            text = f"{note} (default {default})".replace("%", "%%")
             if kind is bool:
                 self.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=None,
                                   help=text)
@@ -42,23 +42,18 @@ class Parser(argparse.ArgumentParser):
                                   help=text)
 
 
-def field_type(f: Field, config: type) -> type:
-    """The plain type of a field: int for `int` and for `int | None`."""
-    hint = typing.get_type_hints(config)[f.name]
-    if isinstance(hint, types.UnionType):
-        hint = next(t for t in typing.get_args(hint) if t is not type(None))
-    return hint
-
-
-def field_notes(source: str) -> dict[str, str]:
-    """The comment behind each `name: type = default` line of a dataclass's source: the flag's help."""
-    notes = {}
-    for line in source.splitlines():
+@functools.cache
+def described(config: type) -> dict[str, tuple[type, str]]:
+    """Of each field of a dataclass its plain type (int for `int` and for `int | None`) and the comment behind
+    its line `name: type = default` of the source."""
+    kinds, found = typing.get_type_hints(config), {}
+    for line in inspect.getsource(config).splitlines():
         code, _, note = line.partition("  # ")
-        name, colon, _ = code.strip().partition(":")
-        if colon and name.isidentifier():
-            notes[name] = note.strip()
-    return notes
+        name = code.strip().partition(":")[0]
+        if name in kinds and name not in found:
+            parts = typing.get_args(kinds[name]) or (kinds[name],)
+            found[name] = next(kind for kind in parts if kind is not types.NoneType), note.strip()
+    return found
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ ROOMS = {"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"}
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("books")
-    (path / "book.txt").write_text(book(1500), encoding="utf-8")
+    (path / "book.txt").write_text(book(600), encoding="utf-8")
     return path
 
 
