@@ -244,6 +244,20 @@ def show(rows: list[dict], args) -> None:
         save_json(dict(cells=figures), args.figures)
 
 
+def read_source(args, tokenizer: Tokenizer, longest: int) -> tuple[Samples, str | None]:
+    """The samples that the flags ask for, in this model's tokens, and a fingerprint of the background."""
+    if args.source == "babilong":
+        return Downloaded(args.path, tokenizer), None
+    builder = Builder(tokenizer, "val", args.background, None, args.path, args.count)
+    print(f"background of {len(builder.prose):,} tokens, {builder.chars_per_token:.2f} characters each")
+    if args.source == "babi":
+        print("questions of the files are drawn at random, with replacement")
+    if longest > builder.sizes[-1]:
+        print(f"a sample of {length_name(longest)} goes round it {longest / builder.sizes[-1]:.1f} times")
+    text = hashlib.blake2b("".join(builder.sentences).encode(), digest_size=8).hexdigest()
+    return generated(builder, args.seed), text
+
+
 def run(args) -> None:
     """Ask all models, from where an earlier run stopped, and show the answers."""
     device, counts = pick_device(args.device), read_lengths(args.lengths, args.n)
@@ -308,20 +322,6 @@ def run(args) -> None:
     show(rows, args)
     print("\n" + report_cost(rows), f"peak resident set {peak_memory() / 2**20:.0f} MiB", f"answers in {out}",
           sep="\n")
-
-
-def read_source(args, tokenizer: Tokenizer, longest: int) -> tuple[Samples, str | None]:
-    """The samples that the flags ask for, in this model's tokens, and a fingerprint of the background."""
-    if args.source == "babilong":
-        return Downloaded(args.path, tokenizer), None
-    builder = Builder(tokenizer, "val", args.background, None, args.path, args.count)
-    print(f"background of {len(builder.prose):,} tokens, {builder.chars_per_token:.2f} characters each")
-    if args.source == "babi":
-        print("questions of the files are drawn at random, with replacement")
-    if longest > builder.sizes[-1]:
-        print(f"a sample of {length_name(longest)} goes round it {longest / builder.sizes[-1]:.1f} times")
-    text = hashlib.blake2b("".join(builder.sentences).encode(), digest_size=8).hexdigest()
-    return generated(builder, args.seed), text
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -98,18 +98,15 @@ class BlockState:
 class LM2State:
     """All a document leaves behind after any number of tokens: a value of fixed size, passed in and out."""
     blocks: list[BlockState]
+    segment_len: int            # S, that of this document
     mem: Tensor | None = None   # (B, K, D) the memory tokens of an RMT that the open segment began with
     fill: int = 0               # tokens in the open segment, 0 <= fill < S
     owned: bool = False         # True: nobody keeps an older state, so the buffers may be overwritten
 
-    @property
-    def segment_len(self) -> int:
-        return self.blocks[0].k.shape[1] - 2 * (0 if self.mem is None else self.mem.shape[1])
-
     def map(self, f: Callable[[Tensor], Tensor]) -> "LM2State":
         """The same state with f of every tensor: cut off from the graph, or some rows of the batch."""
         cut = [BlockState(**{n: t if t is None else f(t) for n, t in vars(b).items()}) for b in self.blocks]
-        return LM2State(cut, self.mem if self.mem is None else f(self.mem), self.fill)
+        return LM2State(cut, self.segment_len, self.mem if self.mem is None else f(self.mem), self.fill)
 
     def detach(self) -> "LM2State":
         """For truncated back-propagation, the caller's decision."""
@@ -182,12 +179,12 @@ class Attention(nn.Module):
         q, k = rotate(q, turn), rotate(k, turn)                                 # (R, T, heads, D/H)
         mask, fill, keys, values = None, 0, k, v
         if cache is not None:
-            fill = cache[2]
-            k, v = store(cache[0], k, fill, cache[3]), store(cache[1], v, fill, cache[3])
-            if fill:
-                keys, values = k[:, :fill + T], v[:, :fill + T]
-                if T > 1:  # one token sees all that is there
-                    mask = torch.ones(T, fill + T, dtype=torch.bool, device=x.device).tril(fill)
+            old_k, old_v, fill, owned = cache
+            k, v = store(old_k, k, fill, owned), store(old_v, v, fill, owned)
+        if fill:
+            keys, values = k[:, :fill + T], v[:, :fill + T]
+            if T > 1:  # one token sees all that is there
+                mask = torch.ones(T, fill + T, dtype=torch.bool, device=x.device).tril(fill)
         q, keys, values = (t.transpose(1, 2).to(q.dtype) for t in (q, keys, values))
         if x.device.type == "cpu" and self.width < 16 and T > 64:  # zeros that make narrow heads faster there
             q, keys, values = (F.pad(t, (0, 16 - self.width)) for t in (q, keys, values))
@@ -210,7 +207,7 @@ class Memory(nn.Module):
         self.null = nn.Parameter(torch.full((cfg.n_mem_head,), math.log(cfg.segment_len) - 0.5))
 
     def record(self, **seen: Tensor) -> None:
-        """Nothing: what wants to see weights and gates takes its place (`recording` in data/heatmaps.py)."""
+        """Nothing: `recording` in data/heatmaps.py puts a function here that collects weights and gates."""
 
     def heads(self, x: Tensor) -> Tensor:
         """(R, n, D) -> (R, HM, n, D/HM)"""
@@ -367,7 +364,8 @@ class LM2(nn.Module):
         blocks = [BlockState(k=new(kv), v=new(kv)) if b.memory is None else    # differs from paper: N x d x d
                   BlockState(new(kv), new(kv), M.repeat(batch, 1, 1), *(
                       new(batch, n, c.n_embd) for n in (c.n_slot, c.n_slot, S, S))) for b in self.layers]
-        return LM2State(blocks, None if self.mem_tokens is None else self.mem_tokens.expand(batch, -1, -1))
+        mem = None if self.mem_tokens is None else self.mem_tokens.expand(batch, -1, -1)
+        return LM2State(blocks, S, mem)
 
     def check_state(self, state: LM2State, rows: int, segment_len: int | None) -> None:
         c, S = self.cfg, state.segment_len
@@ -394,16 +392,16 @@ class LM2(nn.Module):
             raise ValueError(f"idx must be (B, T) int64 with T >= 1, not {tuple(idx.shape)} {idx.dtype}")
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets are {tuple(targets.shape)}, not {tuple(idx.shape)} as idx")
-        if isinstance(keep, str) and keep not in ("all", "last", *["targets"] * (targets is not None)):
+        if not isinstance(keep, Tensor) and keep not in ("all", "last", *["targets"] * (targets is not None)):
             raise ValueError(f"keep is {keep!r}: it must be 'all', 'last' or, with targets, 'targets'")
         state = state or self.initial_state(idx.shape[0], segment_len)  # paper silent: reset a document
         self.check_state(state, idx.shape[0], segment_len)
         S, T, fill, start, out = state.segment_len, idx.shape[1], state.fill, 0, []
         blocks, mem, x = list(state.blocks), state.mem, self.tok_embeddings(idx)            # (B, T, D)
-        K = 0 if mem is None else mem.shape[1]
-        turns = turn_table(self.freq, S + 2 * K, self.dtype, x.device)          # (S + 2 K, D/H/2, 2)
+        K = self.cfg.n_mem_token
+        turns = turn_table(self.freq, self.cfg.segment_len + 2 * K, self.dtype, x.device)
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing is random
-        run = again if recompute else lambda block, *args: block(*args)
+        run = again if recompute else nn.Module.__call__
         while start < T:  # pieces: the rest of the open segment, all whole segments at once, what is left
             n = min(T - start, S - fill) if fill or K else (T - start) // S * S or T - start
             piece, before, behind = x[:, start:start + n], K * (fill == 0), K * (write and fill + n == S)
@@ -419,14 +417,14 @@ class LM2(nn.Module):
         x = out[0] if len(out) == 1 else torch.cat(out, dim=1)                  # (B, T, D)
         if keep == "last":
             x, targets = x[:, -1:], None if targets is None else targets[:, -1:]
-        elif keep != "all" if isinstance(keep, str) else True:
+        elif isinstance(keep, Tensor) or keep != "all":
             keep = keep if isinstance(keep, Tensor) else (targets.flatten() != -1).nonzero()[:, 0]
             x, targets = x.flatten(0, 1)[keep], None if targets is None else targets.flatten()[keep]  # (n, D)
         logits, loss = self.output(self.norm(x)), None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, -2).to(self.dtype), targets.flatten(), ignore_index=-1,
                                    reduction="sum") / (targets != -1).sum().clamp(min=1)
-        return logits, loss, LM2State(blocks, mem, fill, state.owned)
+        return logits, loss, LM2State(blocks, S, mem, fill, state.owned)
 
     @torch.no_grad()
     def read(self, idx: Tensor, state: LM2State | None = None, write: bool = True,
@@ -458,8 +456,8 @@ class LM2(nn.Module):
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 0.0,
                  generator: torch.Generator | None = None) -> Tensor:
         """idx (B, T) -> (B, T + max_new_tokens)"""
-        new = list(self.stream(idx, max_new_tokens, temperature, generator))
-        return torch.cat([idx, torch.stack(new, dim=1)], dim=1) if new else idx
+        new = self.stream(idx, max_new_tokens, temperature, generator)
+        return torch.cat([idx, *(ids[:, None] for ids in new)], dim=1)
 
     def n_params(self) -> tuple[int, int]:
         """(all parameters, those of the memory)"""

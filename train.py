@@ -40,6 +40,9 @@ from data.tokenizer import load
 from lm2 import LM2, LM2Config
 
 
+QA1_STAGES = "2:0 4:0 10:0 4:2:32 4:3:32 10:4:32 10:8:32 10:16:64 10:16 10:32"
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     preset: str = "cpu"                 # sizes of data/recipes.py, else the recipe's; flags win over them
@@ -47,7 +50,7 @@ class TrainConfig:
     out_dir: str = "out"                # folder for ckpt.pt, metrics.jsonl and table.jsonl
     init: str | None = None             # checkpoint whose weights, sizes and recipe to start with; None: anew
     tasks: str = "qa1"                  # bAbI tasks to train on and to evaluate, with spaces between
-    stages: str = "2:0 4:0 10:0 4:2:32 4:3:32 10:4:32 10:8:32 10:16:64 10:16 10:32"  # see Stage
+    stages: str = QA1_STAGES            # facts:segments[:tokens a segment][@task,task]; 0 segments: no prose
     tokens: int = 10_000_000            # tokens to train on at most; the learning rate ends at 0 there ...
     final_tokens: int = 1_500_000       # ... or after so many in the last stage, whichever comes first ...
     total_minutes: float | None = None  # ... or after so many minutes, with compiling, before --resume too
@@ -57,8 +60,8 @@ class TrainConfig:
     accumulate: int = 2                 # micro-batches a step
     processes: int | None = None        # of one thread each that share them; None: the threads, if those
     #                                     divide the micro-batches, else 1 with all threads
-    asides: int = 3                     # half of the documents or more are asked at so many earlier points
-    usual: float = 0.9                  # share of a task's questions for which its stories have enough facts
+    asides: int = 3                     # at 1 to so many earlier points half of the documents are asked too
+    usual: float = 0.9                  # a story's most facts: this quantile over its task's own questions
     plain: float = 0.1                  # share of batches without background later on, so 0k is not forgotten
     leave_at: float = 0.9               # share of right answers to its longest documents that ends a stage
     leave_plain_at: float = 0.95        # ... this share in stages without background ...
@@ -191,10 +194,10 @@ class Trainer:
             self.model, self.tokenizer, saved = load_checkpoint(self.ckpt)
             if not {"train", "optimizer", "recent", "progress"} <= set(saved):
                 raise ValueError(f"{self.ckpt} holds a model but no training to resume")
-            try:  # the time limit was that of the earlier call
-                c = TrainConfig(**saved["train"] | dict(minutes=None) | given)
-            except TypeError as error:
-                raise ValueError(f"{self.ckpt} does not fit this code: {error}") from None
+            if odd := {f.name for f in fields(TrainConfig)} ^ set(saved["train"]):
+                raise ValueError(f"{self.ckpt} is of other code: of train.py's knobs it has not the same "
+                                 + ", ".join(sorted(odd)))
+            c = TrainConfig(**saved["train"] | dict(minutes=None) | given)  # an earlier call's limit
         elif self.ckpt.exists():
             raise ValueError(f"{self.ckpt} is there already: go on with --resume, or give another --out_dir")
         elif c.init:
@@ -361,7 +364,8 @@ class Trainer:
         while True:
             self.seconds = before + time.perf_counter() - began
             last = self.done >= 1 or c.minutes is not None and self.seconds - before >= 60 * c.minutes
-            due = last or self.tokens // c.eval_every > validated
+            stopped = self.stopped
+            due = last or stopped or self.tokens // c.eval_every > validated
             if self.pending and (due or self.step % c.log_every == 0):
                 numbers = self.collect()
                 self.seconds = before + time.perf_counter() - began
@@ -374,6 +378,8 @@ class Trainer:
             if due:
                 self.save()  # first: who asks twice for an end does not wait for the validation
                 validated = self.tokens // c.eval_every
+                if stopped and not last:
+                    raise KeyboardInterrupt
                 if not last and not self.stopped:
                     right = self.validate()
                     self.log(validation=right)
@@ -381,9 +387,6 @@ class Trainer:
                                + ", ".join(f"{cell} {100 * x:.0f} %" for cell, x in right.items()))
             if last:
                 break
-            if self.stopped:
-                self.save()
-                raise KeyboardInterrupt
             if not self.pending:  # a line was written: the next one's rate counts from here
                 logged = self.tokens, before + time.perf_counter() - began
             start = self.tokens

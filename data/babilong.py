@@ -188,8 +188,8 @@ class Builder:
     def lesson(self, tasks: Sequence[str], n_facts: int, room: tuple[int, int], rng: random.Random,
                max_questions: int = 8, asides: int = 0, share: float | None = None, usual: float = 0.9
                ) -> Document:
-        """A training document: n_facts facts, or as many as are enough for a share `usual` of the task's own
-        questions if those are fewer (with `share` of 0 .. 1 so far between 2 and that), and every question on
+        """A training document: n_facts facts, or the quantile `usual` of what the task's own questions have
+        before them if that is fewer (with `share` of 0 .. 1 so far between 2 and that), and every question on
         them that any of the tasks asks (max_questions at most), some also at `asides` points before; its
         length drawn from room = (least, most) tokens; without background if most is 0 or the facts leave no
         room."""

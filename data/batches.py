@@ -121,7 +121,7 @@ class Maker:
     asides: int                         # points before the end, 1 to so many, at which some are asked too
     seed: int
     together: int = 1                   # batches of a step: their documents are of one length, or all plain
-    usual: float = 0.9                  # share of a task's questions for which its stories have enough facts
+    usual: float = 0.9                  # a story's most facts: this quantile over its task's own questions
 
     def __getitem__(self, key: tuple[Stage, int]) -> tuple[tuple[Stage, int], Batch]:
         (stage, number), S = key, key[0].segment_len

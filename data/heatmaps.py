@@ -63,12 +63,12 @@ def prepare(model: LM2, doc: Document, layer: int | None) -> Tensor:
 @contextmanager
 def recording(model: LM2) -> Iterator[list[dict]]:
     """A list that gets, within the `with`, a dict of each block with memory and piece of a call: layer, A (R,
-    HM, T, N), g_out, g_in (R, T, D), and lists, an item a write, R (B, HM, N, S+1), g_forget (B, N, D). Of
-    compiled blocks (data/device.py) only calls without gradients are seen."""
-    notes, memories = [], {i: b.memory for i, b in enumerate(model.layers) if b.memory is not None}
+    HM, T, N), g_out, g_in (R, T, D), and lists, an item a write, R (B, HM, N, S+1), g_forget (B, N, D).
+    Compiled blocks run as they are meanwhile."""
+    notes, blocks = [], [(i, b, b.fast) for i, b in enumerate(model.layers) if b.memory is not None]
 
     def record(layer: int, **seen: Tensor) -> None:
-        if "g_in" in seen:                              # it comes first in a block, then its writes and read
+        if not notes or "A" in notes[-1]:               # a block's read is recorded last
             notes.append(dict(layer=layer, R=[], g_forget=[]))
         for key, x in seen.items():
             if key in ("R", "g_forget"):
@@ -77,12 +77,13 @@ def recording(model: LM2) -> Iterator[list[dict]]:
                 notes[-1][key] = x
 
     try:
-        for i, memory in memories.items():
-            memory.record = partial(record, i)
+        for i, block, _ in blocks:
+            block.fast, block.memory.record = None, partial(record, i)
         yield notes
     finally:
-        for memory in memories.values():
-            del memory.record
+        for _, block, fast in blocks:
+            block.fast = fast
+            vars(block.memory).pop("record", None)
 
 
 @torch.no_grad()

@@ -52,9 +52,9 @@ def each(stages: str, tasks: str) -> str:
 
 
 FIRST, CARRY = "2:0@qa1 4:0@qa1 2:0@qa1,qa4,qa4,qa4", "4:2:32@qa1 4:3:32@qa1"
-FIVE = "qa1,qa2,qa2,qa3,qa3,qa4,qa5,qa5"    # those that are learned slowly come twice as often. Of qa4's few
-RELATIONS = "2:0@qa4 2:4:32@qa4 2:8:64@qa4 2:16:64@qa4"     # answers too little comes of that: late, when the
-LATE = "qa1,qa2,qa2,qa3,qa3,qa3,qa3,qa4,qa4,qa4,qa5,qa5,qa5"    # learning rate is low, it has its turn alone
+FIVE = "qa1,qa2,qa2,qa3,qa3,qa4,qa5,qa5"                    # what is learned slowly comes twice as often
+RELATIONS = "2:0@qa4 2:4:32@qa4 2:8:64@qa4 2:16:64@qa4"     # its documents have few answers: late, alone
+LATE = "qa1,qa2,qa2,qa3,qa3,qa3,qa3,qa4,qa4,qa4,qa5,qa5,qa5"
 TEN = "qa1,qa2,qa2,qa3,qa3,qa4,qa4,qa5,qa5,qa6,qa7,qa7,qa8,qa9,qa10"
 TEN_LATE = "qa1,qa2,qa2,qa3,qa3,qa3,qa3,qa4,qa4,qa5,qa5,qa5,qa6,qa7,qa7,qa8,qa8,qa9,qa10"
 WHOLE = dict(whole=True, table_lengths="0k 1k 2k 4k", table_n=100)     # its long documents take long
@@ -91,8 +91,8 @@ def knobs(recipe: str | None, preset: str | None, sizes: dict) -> dict:
     """What a recipe (None: the one that the preset is made for), and in it the kind of model that preset and
     `sizes` make, changes in TrainConfig's defaults; ValueError for an unknown recipe."""
     name = preset or ""
-    made_for = {"gpu": "qa1-10", "cpu-hours": "qa1-5"}
-    recipe = recipe or next((made_for[x] for x in made_for if name.startswith(x)), "qa1")
+    recipe = recipe or ("qa1-10" if name.startswith("gpu") else
+                        "qa1-5" if name.startswith("cpu-hours") else "qa1")
     if recipe not in RECIPES:
         raise ValueError(f"--recipe {recipe!r} is unknown: choose from {', '.join(RECIPES)}")
     made = dict(recipe=recipe) | RECIPES[recipe][""]

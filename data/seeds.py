@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data.babi import TASKS
 from data.cli import Parser, one_line
-from data.document import length_name
+from data.document import length_name, parse_length
 from data.metrics import BLOCKS, GROUPS, column, percent, pooled, share
 
 Seeds = dict[str, dict[tuple[str, int], dict]]      # model -> (task, length) -> cell
@@ -118,9 +118,9 @@ def groups_of(cells: list[dict], asked: list[str] | None = None) -> dict[str, li
 
 
 def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "exact",
-             tasks: list[str] | None = None) -> str:
-    """The table with the columns side by side: a line a task and length; ValueError for a column that is not
-    there."""
+             tasks: list[str] | None = None, lengths: list[int] | None = None) -> str:
+    """The table with the columns side by side: a line a task and length; ValueError for a column or a task
+    that is not there."""
     _, *keys = BLOCKS[which]
     n_key, _, floor_key = keys
     there = by_column(cells)
@@ -128,7 +128,7 @@ def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "
     head = ["task", "length", "n", "floor", *columns]
     rows = [head, ["---"] * len(head)]
     for group, members in groups_of(cells, tasks).items():
-        for length in sorted({c["length"] for c in cells}):
+        for length in lengths or sorted({c["length"] for c in cells}):
             found = [pick(there[name], members, length, n_key) for name in columns]
             first = next((f[0] for f in found if f), None)
             if first:
@@ -140,35 +140,36 @@ def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "
 
 
 def side_by_side(cells: list[dict], columns: list[str] | None = None, which: str = "exact",
-                 across: str = "tasks", tasks: list[str] | None = None) -> str:
+                 across: str = "tasks", tasks: list[str] | None = None, lengths: list[int] | None = None
+                 ) -> str:
     """The table with the tasks side by side, a line a length, column and seed, or with the lengths side by
-    side, a line a task, column and seed; below these lines one of the best constant answers (the first line's
-    that has any) with the samples a task. Of means, and of tasks that have a line, the interval too."""
+    side, a line a task, column and seed; of means, and of tasks that have a line, the interval too. Below
+    these lines one of the best constant answers, to the samples of the line that has most, and how many
+    samples a task the lines have."""
     _, n_key, hits_key, floor_key = BLOCKS[which]
     there, groups = by_column(cells), groups_of(cells, tasks)
     columns = choose("--columns", columns, list(there))
-    lengths = {length_name(x): x for x in sorted({c["length"] for c in cells})}
-    downs, acrosses = (lengths, groups) if across == "tasks" else (groups, lengths)
+    names = {length_name(x): x for x in lengths or sorted({c["length"] for c in cells})}
+    downs, acrosses = (names, groups) if across == "tasks" else (groups, names)
     rows = [["length" if across == "tasks" else "task", "column", *acrosses], ["---"] * (2 + len(acrosses))]
     for down in downs:
-        floors, sizes = ["-"] * len(acrosses), set()
+        most, sizes = [(0, "-")] * len(acrosses), set()
         for name, model in ((name, model) for name in columns for model in there[name]):
             row = []
             for i, right in enumerate(acrosses):
                 group, length = (right, down) if across == "tasks" else (down, right)
                 text = "-"
-                for found in pick({model: there[name][model]}, groups[group], lengths[length], n_key):
+                for found in pick({model: there[name][model]}, groups[group], names[length], n_key):
                     sizes |= {c[n_key] for c in found}
                     text = percent(*pooled(found, n_key, hits_key)).replace(",", ", ")
-                    if floors[i] == "-":
-                        floors[i] = f"{100 * share(found, n_key, floor_key):.1f}"
+                    if size(found, n_key) > most[i][0]:
+                        most[i] = size(found, n_key), f"{100 * share(found, n_key, floor_key):.1f}"
                 row.append(text if across == "lengths" or len(groups[group]) > 1 else text.split(" ")[0])
             if set(row) != {"-"}:
-                label = name if len(there[name]) == 1 else f"{model} {name.rpartition(' ')[2]}"
-                rows.append([down, label, *row])
+                rows.append([down, f"{model} {name.rpartition(' ')[2]}", *row])
         if sizes := sorted(sizes):
             n = f"n = {sizes[0]}" + f" to {sizes[-1]}" * (len(sizes) > 1)
-            rows.append([down, f"floor, {n}", *floors])
+            rows.append([down, f"floor, {n}", *(text for _, text in most)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -187,11 +188,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_line("python -m data.seeds"):
         cells = sum(map(load_figures, args.figures), [])
-        there = [length_name(x) for x in sorted({c["length"] for c in cells})]
-        lengths = choose("--lengths", args.lengths, there)
-        cells = [c for c in cells if length_name(c["length"]) in lengths]
-        print(markdown(cells, args.columns, args.which, args.tasks) if args.across == "models" else
-              side_by_side(cells, args.columns, args.which, args.across, args.tasks))
+        there = sorted({c["length"] for c in cells})
+        lengths = [parse_length(x) for x in args.lengths or ()]
+        if wrong := [length_name(x) for x in lengths if x not in there]:
+            choose("--lengths", wrong, list(map(length_name, there)))
+        print(markdown(cells, args.columns, args.which, args.tasks, lengths) if args.across == "models" else
+              side_by_side(cells, args.columns, args.which, args.across, args.tasks, lengths))
 
 
 if __name__ == "__main__":

@@ -743,6 +743,10 @@ def test_a_compiled_model_has_its_names_and_decodes_token_by_token_and_recorded(
     with recording(fast) as notes:
         near(fast(idx)[0], model(idx)[0], 1e-5)
     assert [note["layer"] for note in notes] == [0, 1, 0, 1] and all("A" in note for note in notes)
+    with torch.enable_grad(), recording(fast) as notes, recording(fast) as inner:
+        loss_of(fast, 2, S)
+    assert not notes and len(inner) == 2 and all(len(note["R"]) == 2 for note in inner)
+    assert all(layer.fast for layer in fast.layers)         # compiled again, and nothing is left behind
     prompt = text(2, S + 3)
     assert torch.equal(fast.generate(prompt, 2 * S), model.generate(prompt, 2 * S))
 
@@ -869,14 +873,15 @@ def test_a_configuration_that_cannot_work_is_refused_by_name_and_value(change, n
     (lambda m: m(text(2, 0)), r"\(2, 0\)"),
     (lambda m: m(text(3, 4), state=m(text(2, 4))[2]), "3 rows.* 2"),
     (lambda m: m(text(2, 4), keep="first"), "first"),
+    (lambda m: m(text(2, 4), keep=None), "None"),
     (lambda m: m(text(2, 4), keep="targets"), "targets"),
     (lambda m: m(text(2, 4), text(4, 2)), r"\(4, 2\)"),
     (lambda m: m(text(2, 4), segment_len=S + 1), f"segment_len {S + 1}"),
     (lambda m: m(text(2, 4), segment_len=0), "segment_len 0"),
     (lambda m: m.read(text(2, 0)), r"\(2, 0\)"),
     (lambda m: m.generate(text(2, 0), 3), r"\(2, 0\)"),
-], ids=["float", "int32", "one_row", "no_token", "other_batch", "keep", "keep_targets", "targets_turned",
-        "segment_too_long", "segment_0", "read_nothing", "generate_nothing"])
+], ids=["float", "int32", "one_row", "no_token", "other_batch", "keep", "keep_none", "keep_targets",
+        "targets_turned", "segment_too_long", "segment_0", "read_nothing", "generate_nothing"])
 def test_a_call_that_cannot_work_is_refused_by_value(call, named):
     with pytest.raises(ValueError, match=named):
         call(build())

@@ -738,6 +738,15 @@ def test_a_small_copy_answers_as_the_checkpoint_does_and_replaces_nothing(fit, t
     assert "no training to resume" in refused(capsys, train.main, "--resume", "--out_dir", tmp_path / "run")
 
 
+@pytest.mark.parametrize("change", [dict(colour=1), dict(usual=None)])
+def test_a_checkpoint_of_other_knobs_is_not_gone_on_with(capsys, short, tmp_path, change):
+    saved = torch.load(short / "ckpt.pt", weights_only=True)
+    knobs = saved["train"] | change
+    path = tmp_path / "ckpt.pt"
+    torch.save(saved | dict(train={k: v for k, v in knobs.items() if k != "usual" or v}), path)
+    assert list(change)[0] in refused(capsys, train.main, "--resume", "--out_dir", tmp_path)
+
+
 def test_a_checkpoint_gives_back_weights_sizes_and_tokenizer(folder, tmp_path):
     trainer = advance(make(folder, tmp_path), 1)
     trainer.save()

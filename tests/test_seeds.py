@@ -66,8 +66,9 @@ def test_with_the_tasks_side_by_side_a_line_is_a_length_a_column_and_a_seed():
                          "| 1k | floor, n = 200 | 20.0 | - | - | - | - | - |"]
     far = seeds.side_by_side(CELLS, ["lm2 on"], "outside").split("\n")
     assert far[2:] == ["| 16k | lm2-0 on | 50.0 |", "| 16k | floor, n = 100 | 50.0 |"]   # at 0k nothing is
-    few = made("rmt", 30) | dict(n=40, floor=10)            # the floor is the first column's
-    assert seeds.side_by_side([CELLS[0], few]).split("\n")[-1] == "| 0k | floor, n = 40 to 200 | 20.0 |"
+    few = made("rmt", 30) | dict(n=40, floor=10)            # the floor is that of most samples
+    for both in ([CELLS[0], few], [few, CELLS[0]]):
+        assert seeds.side_by_side(both).split("\n")[-1] == "| 0k | floor, n = 40 to 200 | 20.0 |"
 
 
 def test_a_column_with_fewer_samples_says_so_and_has_a_floor_of_its_own():
@@ -85,9 +86,9 @@ def test_the_command_prints_the_table_and_names_what_is_not_there(tmp_path, caps
     seeds.main([str(file), str(more), "--columns", "lm2 off", "rmt on"])
     line = capsys.readouterr().out.split("\n")[2]
     assert line == "| qa1 | 0k | 200 | 20.0 | 20.0 [15, 26] | 50.0 [43, 57] |"
-    seeds.main([str(file), "--lengths", "16k", "--tasks", "qa1", "--across", "tasks"])
+    seeds.main([str(file), "--lengths", "16000", "--tasks", "qa1", "--across", "tasks"])
     lines = capsys.readouterr().out.split("\n")
-    assert lines[2:4] == ["| 16k | lm2 on | 75.0 |", "| 16k | floor, n = 200 | 20.0 |"]
+    assert lines[2:4] == ["| 16k | lm2-0 on | 75.0 |", "| 16k | floor, n = 200 | 20.0 |"]
     wrong = tmp_path / "wrong.json"
     for change in dict(task="foo"), dict(outside_exact=3), dict(floor_outside=None):
         wrong.write_text(json.dumps(dict(cells=[CELLS[0] | change])))
