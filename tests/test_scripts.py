@@ -657,7 +657,7 @@ def test_every_recipe_has_stages_that_every_preset_can_run_and_flags_win_over_it
         stages = [Stage.parse(s, LM2Config(**sizes).segment_len) for s in c.stages.split()]
         assert {task for s in stages for task in s.tasks} <= set(c.tasks.split()) and c.lr == 0.5
         llama = LM2Config(**sizes).kind == "llama"
-        assert c.tokens == {"qa1": 8_000_000 if llama else 10_000_000, "qa1-5": 90_000_000,
+        assert c.tokens == {"qa1": 8_000_000 if llama else 16_000_000, "qa1-5": 90_000_000,
                             "qa1-10": 4_000_000_000}[recipe]
         assert c.final_tokens >= c.tokens or not llama          # its few stages do not end it early
         if llama and not c.whole:
@@ -675,7 +675,7 @@ def test_a_recipe_follows_the_kind_of_model_however_it_is_asked_for(flags, kind)
     c, sizes, _, _ = train.read_flags(flags)
     assert LM2Config(**sizes).kind == kind
     assert max(int(s.split(":")[1]) for s in c.stages.split()) == (1 if kind == "llama" else 32)
-    assert c.tokens == (8_000_000 if kind == "llama" else 10_000_000)
+    assert c.tokens == (8_000_000 if kind == "llama" else 16_000_000)
 
 
 def test_to_compile_without_a_compiler_is_refused_before_the_start(folder, tmp_path, capsys, monkeypatch):
