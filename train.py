@@ -39,7 +39,6 @@ from data.samples import check_cells, generated
 from data.tokenizer import load
 from lm2 import LM2, LM2Config
 
-
 QA1_STAGES = "2:0 4:0 10:0 4:2:32 4:3:32 10:4:32 10:8:32 10:16:64 10:16 10:32"
 
 
@@ -195,8 +194,8 @@ class Trainer:
             if not {"train", "optimizer", "recent", "progress"} <= set(saved):
                 raise ValueError(f"{self.ckpt} holds a model but no training to resume")
             if odd := {f.name for f in fields(TrainConfig)} ^ set(saved["train"]):
-                raise ValueError(f"{self.ckpt} is of other code: of train.py's knobs it has not the same "
-                                 + ", ".join(sorted(odd)))
+                raise ValueError(f"{self.ckpt} was written by a train.py of other flags "
+                                 f"({', '.join(sorted(odd))}): train anew, or start from it with --init")
             c = TrainConfig(**saved["train"] | dict(minutes=None) | given)  # an earlier call's limit
         elif self.ckpt.exists():
             raise ValueError(f"{self.ckpt} is there already: go on with --resume, or give another --out_dir")
