@@ -117,10 +117,17 @@ def groups_of(cells: list[dict], asked: list[str] | None = None) -> dict[str, li
     return {name: groups[name] for name in choose("--tasks", asked, list(groups))}
 
 
+def lengths_of(cells: list[dict], asked: list[str] | None = None) -> dict[str, int]:
+    """The lengths in order by their names, or those asked for. ValueError for one that is not there."""
+    there = {length_name(x): x for x in sorted({c["length"] for c in cells})}
+    names = asked and [length_name(parse_length(x)) for x in asked]
+    return {name: there[name] for name in choose("--lengths", names, list(there))}
+
+
 def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "exact",
-             tasks: list[str] | None = None, lengths: list[int] | None = None) -> str:
-    """The table with the columns side by side: a line a task and length; ValueError for a column or a task
-    that is not there."""
+             tasks: list[str] | None = None, lengths: list[str] | None = None) -> str:
+    """The table with the columns side by side: a line a task and length; ValueError for a column, a task or
+    a length that is not there."""
     _, *keys = BLOCKS[which]
     n_key, _, floor_key = keys
     there = by_column(cells)
@@ -128,7 +135,7 @@ def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "
     head = ["task", "length", "n", "floor", *columns]
     rows = [head, ["---"] * len(head)]
     for group, members in groups_of(cells, tasks).items():
-        for length in lengths or sorted({c["length"] for c in cells}):
+        for length in lengths_of(cells, lengths).values():
             found = [pick(there[name], members, length, n_key) for name in columns]
             first = next((f[0] for f in found if f), None)
             if first:
@@ -140,7 +147,7 @@ def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "
 
 
 def side_by_side(cells: list[dict], columns: list[str] | None = None, which: str = "exact",
-                 across: str = "tasks", tasks: list[str] | None = None, lengths: list[int] | None = None
+                 across: str = "tasks", tasks: list[str] | None = None, lengths: list[str] | None = None
                  ) -> str:
     """The table with the tasks side by side, a line a length, column and seed, or with the lengths side by
     side, a line a task, column and seed; of means, and of tasks that have a line, the interval too. Below
@@ -149,7 +156,7 @@ def side_by_side(cells: list[dict], columns: list[str] | None = None, which: str
     _, n_key, hits_key, floor_key = BLOCKS[which]
     there, groups = by_column(cells), groups_of(cells, tasks)
     columns = choose("--columns", columns, list(there))
-    names = {length_name(x): x for x in lengths or sorted({c["length"] for c in cells})}
+    names = lengths_of(cells, lengths)
     downs, acrosses = (names, groups) if across == "tasks" else (groups, names)
     rows = [["length" if across == "tasks" else "task", "column", *acrosses], ["---"] * (2 + len(acrosses))]
     for down in downs:
@@ -188,12 +195,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_line("python -m data.seeds"):
         cells = sum(map(load_figures, args.figures), [])
-        there = sorted({c["length"] for c in cells})
-        lengths = [parse_length(x) for x in args.lengths or ()]
-        if wrong := [length_name(x) for x in lengths if x not in there]:
-            choose("--lengths", wrong, list(map(length_name, there)))
-        print(markdown(cells, args.columns, args.which, args.tasks, lengths) if args.across == "models" else
-              side_by_side(cells, args.columns, args.which, args.across, args.tasks, lengths))
+        chosen = args.tasks, args.lengths
+        print(markdown(cells, args.columns, args.which, *chosen) if args.across == "models" else
+              side_by_side(cells, args.columns, args.which, args.across, *chosen))
 
 
 if __name__ == "__main__":
