@@ -1208,24 +1208,27 @@ def understood(command, monkeypatch):
     return name
 
 
-@pytest.fixture(scope="module")
-def readme():
-    assert (ROOT / "README.md").is_file(), "README.md is missing"
-    return (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["README.md", "assets/results.md"])
+def test_every_command_in_a_document_has_flags_that_its_script_knows(name, monkeypatch):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    shown = re.findall(r"```(?:bash|sh|console)\n(.*?)```", text,
+                       re.DOTALL) + re.findall(r"`(python [^`]+)`", text)
+    names = [understood(command, monkeypatch) for part in shown for command in commands(part)]
+    assert {"train", "babilong_eval"} <= set(names)
 
 
-def test_every_command_in_the_readme_has_flags_that_its_script_knows(readme, monkeypatch):
-    shown = re.findall(r"```(?:bash|sh|console)\n(.*?)```", readme,
-                       re.DOTALL) + re.findall(r"`(python [^`]+)`", readme)
-    names = [understood(command, monkeypatch) for text in shown for command in commands(text)]
-    assert {"train", "babilong_eval", "sample"} <= set(names)
-
-
-def test_every_file_and_test_that_the_readme_names_is_there(readme):
-    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", readme) if "://" not in link]
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("name", ["README.md", "assets/results.md"])
+def test_every_file_heading_and_test_that_a_document_names_is_there(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    links = [link.split("#") for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    files = [(ROOT / name).parent / link[0] for link in links]
+    assert files and [file for file in files if not file.exists()] == []
+    for file, link in zip(files, links):
+        if file.suffix == ".md" and link[1:]:
+            headings = re.findall("^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert link[1] in [re.sub("[^a-z0-9 -]", "", x.lower()).replace(" ", "-") for x in headings]
     tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_*.py"))
-    assert [name for name in re.findall(r"`(test_\w+)`", readme) if f"def {name}(" not in tests] == []
+    assert [test for test in re.findall(r"`(test_\w+)`", text) if f"def {test}(" not in tests] == []
 
 
 @pytest.mark.parametrize("file", ["lm2", "train", "sample", "babilong_eval", "data/babi", "data/babi_world",
