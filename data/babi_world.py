@@ -159,8 +159,7 @@ def roam(rng: random.Random, *, told: tuple[str, ...] = ("move",), actors: tuple
         room.update(dict.fromkeys(who, goal))
 
 
-def back(events: list[Event], name: str, *kinds: str, start: int = 0, stop: int | None = None
-         ) -> Iterator[int]:
+def back(events: list[Event], name: str, *kinds: str, start=0, stop: int | None = None) -> Iterator[int]:
     """Indices in events[start:stop] of these kinds of statement on an actor or object, the latest first."""
     for i in reversed(range(start, len(events) if stop is None else stop)):
         if events[i].kind in kinds and name in (events[i].actor, events[i].obj, events[i].other):
