@@ -8,14 +8,12 @@
 Writes ckpt.pt, metrics.jsonl and, of the table of accuracy against length that it ends with, table.jsonl to
 --out_dir. `python babilong_eval.py` and `python sample.py` read the checkpoint.
 """
-import json
 import math
 import random
 import signal
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -25,13 +23,13 @@ from babilong_eval import evaluate
 from data import background
 from data.babi import TASKS
 from data.babilong import Builder
-from data.batches import Batch, Batches, Curriculum, Maker, Stage
+from data.batches import Batches, Curriculum, Maker, Stage
 from data.checkpoint import load_checkpoint, save_checkpoint
-from data.cli import Parser, one_line
+from data.cli import JsonLines, Parser, one_line
 from data.device import (CudaGraphs, bfloat16_layers, check_compiler, compile_blocks, keep_freed_memory,
                          pick_device)
 from data.document import length_name, parse_length
-from data.helpers import Helpers
+from data.helpers import Helpers, add_gradients, help_step
 from data.metrics import cells, table
 from data.predictions import save
 from data.recipes import PRESETS, knobs
@@ -153,35 +151,6 @@ def add_gradient(model: LM2, c: TrainConfig, segment_len: int, write: bool, idx:
     return torch.stack([loss.detach() / c.accumulate, right, words.sum()])
 
 
-def add_gradients(model: LM2, batches: Iterator[Batch], stage: Stage, n: int, c: TrainConfig,
-                  device: torch.device, run: Callable[..., Tensor]) -> tuple[int, bool, Tensor]:
-    """The gradients of n of a step's micro-batches by `run`, which does what `add_gradient` does: tokens
-    (without those that fill up a shape on a GPU), whether the documents are the stage's longest, and the
-    sum of what it returns."""
-    tokens, sums = 0, torch.zeros(3, device=device)
-    for _ in range(n):
-        batch, S = next(batches).to(device), stage.segment_len
-        T, tokens = batch.idx.shape[1], tokens + batch.idx.numel()
-        if device.type == "cuda":   # few shapes, so few graphs
-            T = T if T >= S else min(S, T + -T % 128)
-            batch = batch.padded(T, 1024)
-        S = T if c.whole else min(S, T)     # what is shorter than a segment is a whole one, and the last
-        sums += run(model, c, S, T > S, *batch[:4])
-    return tokens, batch.longest, sums
-
-
-def help_step(rank: int, model: LM2, order: tuple[Stage, int], maker: Maker, processes: int, c: TrainConfig
-              ) -> tuple[int, bool, list[float]]:
-    """A helper's share of a step: of its micro-batches every `processes`-th, from `rank` on."""
-    stage, first = order
-    if c.compile and model.layers[0].fast is None:
-        compile_blocks(model)
-    mine = range(first + rank, first + c.accumulate, processes)
-    tokens, longest, sums = add_gradients(model, (maker[stage, i][1] for i in mine), stage, len(mine), c,
-                                          torch.device("cpu"), add_gradient)
-    return tokens, longest, sums.tolist()
-
-
 class Trainer:
     """A run: what `save` writes (and under --total_minutes the clock) decides bit for bit how it goes on."""
 
@@ -208,16 +177,9 @@ class Trainer:
         self.c, self.device = c, pick_device(c.device)
         if c.compile:
             check_compiler(self.device)
-        stages = [Stage.parse(s, self.model.cfg.segment_len) for s in c.stages.split()]
-        if not stages:
-            raise ValueError("--stages is empty: give facts:segments, once or more")
-        self.course = Curriculum(stages, c.leave_at, c.leave_plain_at, c.leave_window, c.stage_steps)
-        most = max(stage.segments * stage.segment_len for stage in stages)
-        if c.whole and most > self.model.cfg.segment_len:
-            raise ValueError(f"--whole: --stages has documents of {most} tokens, give --segment_len {most}")
         self.tasks = list(dict.fromkeys(c.tasks.split()))
-        if wrong := [task for stage in stages for task in stage.tasks if task not in self.tasks]:
-            raise ValueError(f"--stages: {wrong[0]!r} is not among --tasks {c.tasks!r}")
+        stages = Stage.parse_all(c.stages, self.model.cfg.segment_len, self.tasks, c.whole)
+        self.course = Curriculum(stages, c.leave_at, c.leave_plain_at, c.leave_window, c.stage_steps)
         self.table_lengths = [parse_length(x) for x in dict.fromkeys(c.table_lengths.split())]
         threads = c.threads or torch.get_num_threads()
         documents = background.documents(c.background)
@@ -247,7 +209,8 @@ class Trainer:
                       c.seed, c.accumulate, c.usual)
         self.batches = Batches(maker, self.course.stage, self.step * c.accumulate,
                                4 * cuda if c.workers is None else c.workers, cuda, self.processes)
-        self.helpers = Helpers(self.model, self.processes - 1, help_step, (maker, self.processes, c))
+        self.helpers = Helpers(self.model, self.processes - 1, help_step,
+                               (maker, self.processes, c, add_gradient))
         torch.set_num_threads(self.threads[1])
         if c.compile:
             compile_blocks(self.model, dynamic=True if cuda else None)
@@ -257,12 +220,7 @@ class Trainer:
             #                                     use has a gradient of 0 there, with graphs or without
         self.pending: list[tuple] = []  # of each step since the last line: numbers still on the device
         self.ckpt.parent.mkdir(parents=True, exist_ok=True)
-        path, kept = self.ckpt.with_name("metrics.jsonl"), []
-        if resume and path.is_file():  # a run that was killed logged steps that are taken again now
-            kept = [x for x in path.read_text(encoding="utf-8").splitlines(True)
-                    if x.endswith("}\n") and json.loads(x).get("step", math.inf) <= self.step]
-        self.metrics = open(path, "w", encoding="utf-8")
-        self.metrics.writelines(kept)
+        self.metrics = JsonLines(self.ckpt.with_name("metrics.jsonl"), self.step if resume else None)
 
     def save(self) -> None:
         if self.pending:
@@ -285,9 +243,7 @@ class Trainer:
         self.batches.loader = None
 
     def log(self, **values) -> None:
-        now = dict(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 1))
-        self.metrics.write(json.dumps(now | values) + "\n")
-        self.metrics.flush()
+        self.metrics.write(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 1), **values)
 
     def train_step(self) -> None:
         """One step of the optimiser on `accumulate` micro-batches. Nothing in it waits for the device, but

@@ -56,6 +56,20 @@ class Stage:
         return stage
 
 
+    @staticmethod
+    def parse_all(text: str, longest: int, tasks: list[str], whole: bool) -> "list[Stage]":
+        """The stages of a run on these tasks, with spaces between; whole: each document is one segment."""
+        stages = [Stage.parse(s, longest) for s in text.split()]
+        if not stages:
+            raise ValueError("--stages is empty: give facts:segments, once or more")
+        most = max(stage.segments * stage.segment_len for stage in stages)
+        if whole and most > longest:
+            raise ValueError(f"--whole: --stages has documents of {most} tokens, give --segment_len {most}")
+        if wrong := [task for stage in stages for task in stage.tasks if task not in tasks]:
+            raise ValueError(f"--stages: {wrong[0]!r} is not among --tasks {' '.join(tasks)!r}")
+        return stages
+
+
 class Curriculum:
     """The stages of a run and where it stands in them: a stage is left when enough answers were right in the
     latest steps on its longest documents, or when its steps are spent; the last one never."""

@@ -79,6 +79,21 @@ def one_line(prog: str):
         raise SystemExit(2)
 
 
+class JsonLines:
+    """A file of JSON, a line a call of `write`. Of one that is there already the lines up to a step are kept:
+    a run that was killed has logged steps that are taken again; without a step it starts anew."""
+
+    def __init__(self, path: Path, step: int | None):
+        old = path.read_text(encoding="utf-8") if step is not None and path.is_file() else ""
+        self.file = open(path, "w", encoding="utf-8")
+        self.file.writelines(line for line in old.splitlines(True) if line.endswith("}\n")
+                             and json.loads(line).get("step", step + 1) <= step)
+
+    def write(self, **values) -> None:
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+
+
 def save_json(value, path: str | Path) -> None:
     """Write a value as JSON, one line for each item of its lists; an older file stays until it is whole."""
     path = Path(path)

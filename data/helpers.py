@@ -1,5 +1,5 @@
-"""Processes that take a share of every step's micro-batches: on a CPU, two of one thread do more than one of
-two, since small products and the steps between them are not worth splitting.
+"""A step's micro-batches, and processes that take a share of them: on a CPU, two of one thread do more than
+one of two, since small products and the steps between them are not worth splitting.
 
     helpers = Helpers(model, 1, work, arguments)    # work(rank, model, order, *arguments) -> small values
     helpers.start(order); ...; results = helpers.finish()
@@ -10,11 +10,43 @@ import multiprocessing
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn as nn
+
+from data.batches import Batch, Maker, Stage
+from data.device import compile_blocks
+
+
+def add_gradients(model: nn.Module, batches: Iterator[Batch], stage: Stage, n: int, c: Any,
+                  device: torch.device, run: Callable[..., torch.Tensor]) -> tuple[int, bool, torch.Tensor]:
+    """The gradients of n of a step's micro-batches by `run`, which does what train.py's `add_gradient` does
+    (c is its configuration): tokens (without those that fill up a shape on a GPU), whether the documents are
+    the stage's longest, and the sum of what it returns."""
+    tokens, sums = 0, torch.zeros(3, device=device)
+    for _ in range(n):
+        batch, S = next(batches).to(device), stage.segment_len
+        T, tokens = batch.idx.shape[1], tokens + batch.idx.numel()
+        if device.type == "cuda":   # few shapes, so few graphs
+            T = T if T >= S else min(S, T + -T % 128)
+            batch = batch.padded(T, 1024)
+        S = T if c.whole else min(S, T)     # what is shorter than a segment is a whole one, and the last
+        sums += run(model, c, S, T > S, *batch[:4])
+    return tokens, batch.longest, sums
+
+
+def help_step(rank: int, model: nn.Module, order: tuple[Stage, int], maker: Maker, processes: int, c: Any,
+              run: Callable[..., torch.Tensor]) -> tuple[int, bool, list[float]]:
+    """A helper's share of a step: of its micro-batches every `processes`-th, from `rank` on."""
+    stage, first = order
+    if c.compile and model.layers[0].fast is None:
+        compile_blocks(model)
+    mine = range(first + rank, first + c.accumulate, processes)
+    tokens, longest, sums = add_gradients(model, (maker[stage, i][1] for i in mine), stage, len(mine), c,
+                                          torch.device("cpu"), run)
+    return tokens, longest, sums.tolist()
 
 
 class Helpers:

@@ -28,6 +28,7 @@ from data import babi, babilong, checkpoint, predictions
 from data.batches import Batches, Stage
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.device import CudaGraphs, peak_memory
+from data.helpers import add_gradients
 from data.metrics import cells, table
 from data.recipes import PRESETS, RECIPES
 from data.tokenizer import load
@@ -457,7 +458,7 @@ def test_a_step_as_a_cuda_graph_has_the_gradient_and_the_numbers_of_one_without(
         trainer.batches.number = trainer.batches.given = 0
         for _ in range(20):     # of few shapes: first seen, recorded, replayed
             torch._foreach_zero_([p.grad for p in parameters])
-            numbers = train.add_gradients(trainer.model, trainer.batches, trainer.course.stage, 1, trainer.c,
+            numbers = add_gradients(trainer.model, trainer.batches, trainer.course.stage, 1, trainer.c,
                                           trainer.device, run)[-1]
             ends.append([numbers, *(p.grad.clone() for p in parameters)])
     assert any(trainer.add_gradient.graphs.values())
