@@ -72,7 +72,8 @@ def answer(model: LM2, tokenizer: Tokenizer, prompts: list[np.ndarray], state: L
            most: int = 12) -> list[str]:
     """Greedy answers, up to the end of text or `most` tokens, from the last segments of `prompts` and what
     is carried into them. Rows are padded on the right and read anew for each token: no position sees what
-    follows it, and the last segment is short. write=False: one that fills up leaves the bank as it was."""
+    follows it, and the last segment is short (but of full attention, whose only one it is). write=False: one
+    that fills up leaves the bank as it was."""
     S = model.cfg.segment_len
     rows = [p[(len(p) - 1) // S * S:].tolist() for p in prompts]
     starts, active = [len(r) for r in rows], list(range(len(rows)))
@@ -278,13 +279,16 @@ def run(args) -> None:
     sources, work, settings = {}, [], []
     for name, (model, tokenizer, content, digest) in models.items():
         print(f"{name}: {model.n_params()[0]:,} parameters, segments of {model.cfg.segment_len}, {device}")
+        trained = content.get("train", {}).get("background", args.background)
+        if args.source != "babilong" and Path(trained or "").name != Path(args.background or "").name:
+            print(f"{name} was trained on the prose of {trained or 'Python'}: --background names another")
         if tokenizer.ranks not in sources:      # models of one tokenizer share their samples
             sources[tokenizer.ranks] = read_source(args, tokenizer, max(counts))
         samples, text = sources[tokenizer.ranks]
         prints = check_cells(samples, tasks, counts)
         settings.append(dict(model=name, checkpoint=digest, source=args.source, **prints)
                         | (dict(rag=args.rag) if args.rag else {})
-                        | (dict(bfloat16=True) if device.type == "cuda" else {})
+                        | dict(bfloat16=device.type == "cuda")
                         | (dict(seed=args.seed, count=args.count, background=text) if text else {}))
     if len(sources) > 1 and args.count == "own":
         print("lengths are in each model's own tokens, so the texts differ: --count chars makes them equal")

@@ -21,7 +21,7 @@ Where the paper is silent or its shapes do not fit, a comment says `paper silent
 """
 import math
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Callable, Iterator
 
 import torch
@@ -113,15 +113,6 @@ class LM2State:
         return self.map(Tensor.detach)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-
-
 def rope_frequencies(cfg: LM2Config) -> tuple[float, ...]:
     """The angle a position turns each pair of channels by, D/H/2 of them, Llama-3.x scaling included."""
     width = cfg.n_embd // cfg.n_head
@@ -134,7 +125,7 @@ def rope_frequencies(cfg: LM2Config) -> tuple[float, ...]:
     return tuple(freq)
 
 
-@cache
+@lru_cache(maxsize=None)
 @torch.inference_mode(False)
 def turn_table(freq: tuple[float, ...], length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """cos and sin of positions 0 .. length of a segment, (length, D/H/2, 2); made once, then read, by CUDA
@@ -181,10 +172,9 @@ class Attention(nn.Module):
         if cache is not None:
             old_k, old_v, fill, owned = cache
             k, v = store(old_k, k, fill, owned), store(old_v, v, fill, owned)
-        if fill:
+        if fill:  # one token sees all that is there
             keys, values = k[:, :fill + T], v[:, :fill + T]
-            if T > 1:  # one token sees all that is there
-                mask = torch.ones(T, fill + T, dtype=torch.bool, device=x.device).tril(fill)
+            mask = torch.ones(T, fill + T, dtype=torch.bool, device=x.device).tril(fill) if T > 1 else None
         q, keys, values = (t.transpose(1, 2).to(q.dtype) for t in (q, keys, values))
         if x.device.type == "cpu" and self.width < 16 and T > 64:  # zeros that make narrow heads faster there
             q, keys, values = (F.pad(t, (0, 16 - self.width)) for t in (q, keys, values))
@@ -200,7 +190,7 @@ class Memory(nn.Module):
         super().__init__()
         D = cfg.n_embd
         self.n_head, self.width = cfg.n_mem_head, D // cfg.n_mem_head
-        self.token_norm, self.bank_norm = RMSNorm(D, cfg.norm_eps), RMSNorm(D, cfg.norm_eps)
+        self.token_norm, self.bank_norm = nn.RMSNorm(D, cfg.norm_eps), nn.RMSNorm(D, cfg.norm_eps)
         self.wq, self.wk, self.wv, self.w_write = (nn.Linear(D, D, bias=False) for _ in range(4))
         self.w_out, self.w_in, self.w_forget = (nn.Linear(D, D, bias=True) for _ in range(3))
         # paper silent: a slot may decline a segment; with S equal scores about 0.4 of it stays unwritten.
@@ -220,10 +210,6 @@ class Memory(nn.Module):
         self.record(g_in=g_in)
         # differs from paper: tanh(E w_write), not tanh(E_mem), which only tells what slots they read
         return self.wq(E), g_in * torch.tanh(self.w_write(E))
-
-    def slots(self, M: Tensor) -> Tensor:
-        """norm(M) (B, N, D) in the dtype of the weights: what keys and values are made of."""
-        return self.bank_norm(M).to(self.wk.weight.dtype)
 
     def read(self, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
         """Q (R, T, D), K and V (R, N, D) of the bank carried INTO the segment -> E_gated (R, T, D)."""
@@ -250,7 +236,8 @@ class Memory(nn.Module):
 
     def step(self, M: Tensor, Q: Tensor, c: Tensor, write: bool) -> tuple[Tensor, Tensor, Tensor]:
         """One segment: the bank carried into it -> norm(M), K (B, N, D) to read by, and the next bank."""
-        seen = self.slots(M)
+        g = self.bank_norm.weight.to(M.dtype)       # banks are float32 where the weights are bfloat16
+        seen = F.rms_norm(M, g.shape, g, self.bank_norm.eps).to(self.wk.weight.dtype)
         K = self.wk(seen)
         return seen, K, self.write(M, K, Q, c) if write else M
 
@@ -259,9 +246,8 @@ class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x)."""
     def __init__(self, cfg: LM2Config):
         super().__init__()
-        self.w1 = nn.Linear(cfg.n_embd, cfg.ffn_dim, bias=False)
-        self.w2 = nn.Linear(cfg.ffn_dim, cfg.n_embd, bias=False)
-        self.w3 = nn.Linear(cfg.n_embd, cfg.ffn_dim, bias=False)
+        D, inner = cfg.n_embd, cfg.ffn_dim
+        self.w1, self.w2, self.w3 = (nn.Linear(*x, bias=False) for x in ((D, inner), (inner, D), (D, inner)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -271,7 +257,7 @@ class Block(nn.Module):
     """One decoder block: self-attention, memory, MLP, each behind a norm and added to the stream."""
     def __init__(self, cfg: LM2Config, has_memory: bool):
         super().__init__()
-        self.attention_norm, self.ffn_norm = (RMSNorm(cfg.n_embd, cfg.norm_eps) for _ in range(2))
+        self.attention_norm, self.ffn_norm = (nn.RMSNorm(cfg.n_embd, cfg.norm_eps) for _ in range(2))
         self.attention, self.feed_forward = Attention(cfg), FeedForward(cfg)
         self.memory = Memory(cfg) if has_memory else None
         self.fast = None        # before, memory.step and after, compiled (data/device.py)
@@ -298,8 +284,9 @@ class Block(nn.Module):
         before, step, after = self.fast if fast else (self.before, mem and mem.step, self.after)
         x = x.reshape(-1, S if whole else T, D)                                 # (B*G, S, D): a row a segment
         x, k, v, Q, c = before(x, turn, None if whole else (st.k, st.v, fill, owned))
-        K = V = None
-        if whole and mem is not None:                                           # they leave no cache
+        if mem is None:
+            K, V, st = None, None, st if whole else replace(st, k=k, v=v)       # whole ones leave no cache
+        elif whole:
             M, seen, keys = st.bank, [], []                                     # norm(M), K: one a segment
             for q, cand in zip(*(t.unflatten(0, (B, -1)).unbind(1) for t in (Q, c))):       # (B, S, D)
                 was, key, M = (step if write else mem.step)(M, q, cand, write)
@@ -307,15 +294,13 @@ class Block(nn.Module):
             K = torch.stack(keys, dim=1).flatten(0, 1)                          # (B*G, N, D)
             V = mem.wv(torch.stack(seen, dim=1).flatten(0, 1))                  # (B*G, N, D)
             st = replace(st, bank=M)
-        elif mem is not None:
+        else:
             if fill == 0:
-                seen = mem.slots(st.bank)
-                st = replace(st, bank_k=mem.wk(seen), bank_v=mem.wv(seen))
+                seen, key, _ = mem.step(st.bank, Q, c, False)
+                st = replace(st, bank_k=key, bank_v=mem.wv(seen))
             K, V, q, cand = st.bank_k, st.bank_v, store(st.q, Q, fill, owned), store(st.c, c, fill, owned)
             M = mem.write(st.bank, K, q, cand) if write and fill + T == S else st.bank
             st = replace(st, k=k, v=v, q=q, c=cand, bank=M)
-        elif not whole:
-            st = replace(st, k=k, v=v)
         return after(x, Q, K, V).view(B, T, D), st
 
 
@@ -327,7 +312,7 @@ class LM2(nn.Module):
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.layers = nn.ModuleList(Block(cfg, i < cfg.n_mem_layer) for i in range(cfg.n_layer))
         self.mem_tokens = nn.Parameter(torch.empty(cfg.n_mem_token, cfg.n_embd)) if cfg.n_mem_token else None
-        self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.norm = nn.RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.output = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
@@ -373,7 +358,8 @@ class LM2(nn.Module):
         want = [(kv, (rows, c.n_slot, c.n_embd) if layer.memory else None) for layer in self.layers]
         have = [(tuple(b.k.shape), None if b.bank is None else tuple(b.bank.shape)) for b in state.blocks]
         if want != have or S > c.segment_len:
-            raise ValueError(f"the state is not of this model and {rows} rows: {have[0]}, not {want[0]}")
+            odd = next((pair for pair in zip(have, want) if len(set(pair)) > 1), (len(have), len(want)))
+            raise ValueError(f"the state is not of this model and {rows} rows: {odd[0]}, not {odd[1]}")
         if segment_len not in (None, S):
             raise ValueError(f"segment_len {segment_len} with a state of {S}: a document keeps its own")
 
@@ -400,8 +386,8 @@ class LM2(nn.Module):
         blocks, mem, x = list(state.blocks), state.mem, self.tok_embeddings(idx)            # (B, T, D)
         K = self.cfg.n_mem_token
         turns = turn_table(self.freq, self.cfg.segment_len + 2 * K, self.dtype, x.device)
-        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing is random
-        run = again if recompute else nn.Module.__call__
+        run = nn.Module.__call__ if not recompute else partial(  # nothing is random
+            checkpoint, use_reentrant=False, preserve_rng_state=False)
         while start < T:  # pieces: the rest of the open segment, all whole segments at once, what is left
             n = min(T - start, S - fill) if fill or K else (T - start) // S * S or T - start
             piece, before, behind = x[:, start:start + n], K * (fill == 0), K * (write and fill + n == S)

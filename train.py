@@ -10,7 +10,6 @@ Writes ckpt.pt, metrics.jsonl and, of the table of accuracy against length that 
 """
 import math
 import random
-import signal
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,7 +24,7 @@ from data.babi import TASKS
 from data.babilong import Builder
 from data.batches import Batches, Curriculum, Maker, Stage
 from data.checkpoint import load_checkpoint, save_checkpoint
-from data.cli import JsonLines, Parser, one_line
+from data.cli import JsonLines, Parser, interrupts_kept, one_line
 from data.device import (CudaGraphs, bfloat16_layers, check_compiler, compile_blocks, keep_freed_memory,
                          pick_device)
 from data.document import length_name, parse_length
@@ -48,19 +47,18 @@ class TrainConfig:
     init: str | None = None             # checkpoint whose weights, sizes and recipe to start with; None: anew
     tasks: str = "qa1"                  # bAbI tasks to train on and to evaluate, with spaces between
     stages: str = QA1_STAGES            # facts:segments[:tokens a segment][@task,task]; 0 segments: no prose
-    tokens: int = 16_000_000            # tokens to train on at most; the learning rate ends at 0 there ...
+    tokens: int = 16_000_000            # to train on at most, with padding; the rate ends at 0 there ...
     final_tokens: int = 1_500_000       # ... or after so many in the last stage, whichever comes first ...
     total_minutes: float | None = None  # ... or after so many minutes, with compiling, before --resume too
     whole: bool = False                 # a document is one segment, whatever its stage says: full attention
     batch_size: int = 16                # most documents in a micro-batch
     batch_tokens: int = 4096            # most tokens in a micro-batch: long documents come in smaller ones
     accumulate: int = 2                 # micro-batches a step
-    processes: int | None = None        # of one thread each that share them; None: the threads, if those
-    #                                     divide the micro-batches, else 1 with all threads
-    asides: int = 3                     # at 1 to so many earlier points half of the documents are asked too
+    processes: int | None = None        # that share them; None: one a thread if threads divide them, else 1
+    asides: int = 3                     # at 1 to so many earlier points documents are asked too (batches.py)
     usual: float = 0.9                  # a story's most facts: this quantile over its task's own questions
     plain: float = 0.1                  # share of batches without background later on, so 0k is not forgotten
-    leave_at: float = 0.9               # share of right answers to its longest documents that ends a stage
+    leave_at: float = 0.9               # share right of its longest documents' answer tokens: ends a stage
     leave_plain_at: float = 0.95        # ... this share in stages without background ...
     leave_window: int = 16              # ... over so many of its latest steps, asked at log_every
     stage_steps: int = 1500             # ... or after so many steps
@@ -101,8 +99,6 @@ class TrainConfig:
                 raise ValueError(f"--{name} {value} must lie between {low:g} and {high:g}")
         if self.processes is not None and (self.processes < 1 or self.accumulate % self.processes):
             raise ValueError(f"--processes {self.processes} must divide --accumulate {self.accumulate}")
-        if self.preset not in PRESETS:
-            raise ValueError(f"--preset {self.preset!r} is unknown: choose from {', '.join(PRESETS)}")
         if self.stories and not Path(self.stories).is_dir():  # one file would be both train and val
             raise ValueError(f"--stories {self.stories} is no folder: name one with _train and _test files")
         for task in self.tasks.split() or [""]:
@@ -129,20 +125,21 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     resume = given.pop("resume")
     own = {f.name: given[f.name] for f in fields(TrainConfig) if f.name in given}
-    sizes, recipe = {k: v for k, v in given.items() if k not in own}, given.get("recipe")
+    sizes, known = {k: v for k, v in given.items() if k not in own}, own
     if (init := given.get("init")) and not resume:
         if wrong := sorted(sizes) or ["preset"] * ("preset" in given):
             raise ValueError(f"--init {init} has sizes of its own: leave --{wrong[0]} out")
         model, _, content = load_checkpoint(init)
-        sizes, recipe = asdict(model.cfg), recipe or content.get("train", {}).get("recipe")
-    c = TrainConfig(**knobs(recipe, given.get("preset"), sizes) | own)
+        sizes, known = asdict(model.cfg), content.get("train", {}) | own
+        known["preset"] = known["preset"] if known.get("preset") in PRESETS else None   # one of an older file
+    c = TrainConfig(**knobs(known.get("recipe"), known.get("preset"), sizes) | own)
     return c, PRESETS[c.preset] | sizes, resume, given
 
 
 def add_gradient(model: LM2, c: TrainConfig, segment_len: int, write: bool, idx: Tensor, targets: Tensor,
                  keep: Tensor, words: Tensor) -> Tensor:
-    """Add a micro-batch's gradient to the parameters'; of its answers (3,): loss, right, all. Nothing in it
-    waits for the device."""
+    """Add a micro-batch's gradient to the parameters'; of its answers' tokens (3,): loss, right, all. Nothing
+    in it waits for the device."""
     with torch.autocast("cuda", torch.bfloat16, idx.is_cuda and c.bfloat16 is not False):
         logits, loss, _ = model(idx, targets, keep=keep, segment_len=segment_len, write=write,
                                 recompute=c.recompute)
@@ -166,6 +163,8 @@ class Trainer:
                 raise ValueError(f"{self.ckpt} was written by a train.py of other flags "
                                  f"({', '.join(sorted(odd))}): train anew, or start from it with --init")
             c = TrainConfig(**saved["train"] | dict(minutes=None) | given)  # an earlier call's limit
+        elif self.ckpt.parent.is_file():
+            raise ValueError(f"--out_dir {c.out_dir} is a file: name a folder")
         elif self.ckpt.exists():
             raise ValueError(f"{self.ckpt} is there already: go on with --resume, or give another --out_dir")
         elif c.init:
@@ -180,11 +179,13 @@ class Trainer:
         self.tasks = list(dict.fromkeys(c.tasks.split()))
         stages = Stage.parse_all(c.stages, self.model.cfg.segment_len, self.tasks, c.whole)
         self.course = Curriculum(stages, c.leave_at, c.leave_plain_at, c.leave_window, c.stage_steps)
-        self.table_lengths = [parse_length(x) for x in dict.fromkeys(c.table_lengths.split())]
+        self.table_lengths = list(dict.fromkeys(map(parse_length, c.table_lengths.split())))
         threads = c.threads or torch.get_num_threads()
         documents = background.documents(c.background)
         self.train_set, self.val_set = (Builder(self.tokenizer, part, c.background, documents, c.stories)
                                         for part in ("train", "val"))
+        if not self.table_lengths:
+            raise ValueError("--table_lengths is empty: give some, such as 0k 4k")
         check_cells(generated(self.val_set, c.seed), self.tasks, self.table_lengths)
         for task in self.tasks:
             self.train_set.story(task, 2, random.Random(0))  # what is wrong with files shows before the start
@@ -193,8 +194,8 @@ class Trainer:
             bfloat16_layers(self.model)
         self.optimizer = torch.optim.AdamW(self.model.optimizer_groups(c.weight_decay), lr=c.lr,
                                            betas=(0.9, c.beta2), fused=True)
-        self.step, self.tokens, self.seconds, self.end, self.stopped = 0, 0, 0.0, c.tokens, False
-        self.aim()
+        self.step, self.tokens, self.seconds, self.asked = 0, 0, 0.0, []
+        self.end = min(c.tokens, c.final_tokens) if self.course.last else c.tokens
         if resume:
             self.optimizer.load_state_dict(saved["optimizer"])
             (self.step, self.tokens, self.end, self.course.at, self.course.steps,
@@ -230,12 +231,6 @@ class Trainer:
                         progress=[self.step, self.tokens, self.end, self.course.at, self.course.steps,
                                   self.seconds])
 
-    def stop(self, *_) -> None:
-        """On Ctrl-C: end behind the step under way, saved; at once if asked twice."""
-        if self.stopped:
-            raise KeyboardInterrupt
-        self.stopped = True
-
     def close(self) -> None:
         """End the other processes: helpers and workers."""
         self.helpers.close()
@@ -266,15 +261,14 @@ class Trainer:
     def collect(self) -> dict:
         """Fetch the numbers of the pending steps: the mean loss and the last step's others. ValueError for a
         gradient that is not finite, before anything is saved."""
-        longest = [whether for whether, _ in self.pending]
         values = torch.stack([numbers for _, numbers in self.pending]).tolist()
-        self.pending.clear()
-        for i, (norm, loss, accuracy) in enumerate(values):
+        first = self.step - len(values)
+        for i, ((longest, _), (norm, _, accuracy)) in enumerate(zip(self.pending, values), first):
             if not math.isfinite(norm):
-                raise ValueError(f"the gradient is {norm} at step {self.step - len(values) + i}: lower --lr, "
-                                 "--resume if you can")
-            if longest[i]:
+                raise ValueError(f"the gradient is {norm} at step {i}: lower --lr, --resume if you can")
+            if longest:
                 self.course.recent.append(accuracy)
+        self.pending.clear()
         return dict(loss=sum(loss for _, loss, _ in values) / len(values), accuracy=accuracy,
                     stage=self.course.at, grad_norm=norm, lr=self.optimizer.param_groups[0]["lr"])
 
@@ -284,17 +278,13 @@ class Trainer:
         minutes = self.c.total_minutes or math.inf
         return max(self.tokens / self.end, self.seconds / (60 * minutes))
 
-    def aim(self) -> None:
-        """In the last stage the end is in sight."""
-        if self.course.last:
-            self.end = min(self.end, self.tokens + self.c.final_tokens)
-
     def next_stage(self) -> None:
         """Enter the next stage if this one is learned or its steps are spent."""
         if line := self.course.advance():
             tqdm.write(f"{self.seconds:5.0f} s, {self.tokens / 1e6:4.1f} M tokens: {line}")
             self.batches.enter(self.course.stage)
-            self.aim()
+            if self.course.last:    # the end is in sight
+                self.end = min(self.end, self.tokens + self.c.final_tokens)
 
     def validate(self) -> dict:
         """Exact match on a fixed set of benchmark samples, the same every time."""
@@ -319,7 +309,7 @@ class Trainer:
         while True:
             self.seconds = before + time.perf_counter() - began
             last = self.done >= 1 or c.minutes is not None and self.seconds - before >= 60 * c.minutes
-            stopped = self.stopped
+            stopped = bool(self.asked)
             due = last or stopped or self.tokens // c.eval_every > validated
             if self.pending and (due or self.step % c.log_every == 0):
                 numbers = self.collect()
@@ -335,7 +325,7 @@ class Trainer:
                 validated = self.tokens // c.eval_every
                 if stopped and not last:
                     raise KeyboardInterrupt
-                if not last and not self.stopped:
+                if not last and not self.asked:
                     right = self.validate()
                     self.log(validation=right)
                     tqdm.write(f"{self.seconds:5.0f} s, {self.tokens / 1e6:4.1f} M tokens: validation "
@@ -376,11 +366,10 @@ def main(argv: list[str] | None = None) -> None:
               f"validate, {t.train_set.chars_per_token:.2f} characters a token",
               f"{t.c.accumulate} times {t.c.batch_size} documents a step, or fewer with {t.c.batch_tokens:,} "
               "tokens", sep="\n", flush=True)
-        before = signal.signal(signal.SIGINT, t.stop)
         try:
-            t.run()
+            with interrupts_kept(t.asked):
+                t.run()
         finally:
-            signal.signal(signal.SIGINT, before)
             t.close()
         t.report()
 

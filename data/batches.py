@@ -55,7 +55,6 @@ class Stage:
             raise ValueError(f"--stages: {text!r} needs 2 facts or more, segments of 1 to {longest} tokens")
         return stage
 
-
     @staticmethod
     def parse_all(text: str, longest: int, tasks: list[str], whole: bool) -> "list[Stage]":
         """The stages of a run on these tasks, with spaces between; whole: each document is one segment."""

@@ -17,6 +17,7 @@ from data.tokenizer import Tokenizer
 from lm2 import LM2, LM2Config
 
 FORMAT = "lm2-checkpoint-1"
+KEPT = "tasks", "recipe", "preset", "background", "seed"   # of the training, where the model alone is kept
 
 
 def save_checkpoint(path: str | Path, model: LM2, tokenizer: Tokenizer, **values) -> None:
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         model, tokenizer, content = load_checkpoint(args.ckpt)
         if Path(args.to).exists() or not Path(args.to).parent.is_dir():
             raise ValueError(f"{args.to} is there already, or its folder is not: name a new file")
-        train = {k: v for k, v in content.get("train", {}).items() if k in ("tasks", "recipe", "seed")}
+        train = {k: v for k, v in content.get("train", {}).items() if k in KEPT}
         save_checkpoint(args.to, model.bfloat16(), tokenizer, train=train)
         size = Path(args.to).stat().st_size / 2**20
         print(f"{args.to}: {size:.1f} MiB of {model.n_params()[0]:,} parameters")

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 import json
+import signal
 import sys
 import types
 import typing
@@ -77,6 +78,20 @@ def one_line(prog: str):
                    else str(error))
         print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def interrupts_kept(asked: list):
+    """Ctrl-C is noted in `asked` meanwhile, for whoever ends in order; asked twice it ends at once."""
+    def note(*_):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class JsonLines:

@@ -23,8 +23,8 @@ from data.device import compile_blocks
 def add_gradients(model: nn.Module, batches: Iterator[Batch], stage: Stage, n: int, c: Any,
                   device: torch.device, run: Callable[..., torch.Tensor]) -> tuple[int, bool, torch.Tensor]:
     """The gradients of n of a step's micro-batches by `run`, which does what train.py's `add_gradient` does
-    (c is its configuration): tokens (without those that fill up a shape on a GPU), whether the documents are
-    the stage's longest, and the sum of what it returns."""
+    (c is its configuration): tokens (with those that make a batch's documents equally long, without those
+    that fill up a shape on a GPU), whether the documents are the stage's longest, the sum of its results."""
     tokens, sums = 0, torch.zeros(3, device=device)
     for _ in range(n):
         batch, S = next(batches).to(device), stage.segment_len
@@ -33,6 +33,8 @@ def add_gradients(model: nn.Module, batches: Iterator[Batch], stage: Stage, n: i
             T = T if T >= S else min(S, T + -T % 128)
             batch = batch.padded(T, 1024)
         S = T if c.whole else min(S, T)     # what is shorter than a segment is a whole one, and the last
+        if S > model.cfg.segment_len:
+            raise ValueError(f"--whole: a document of '{stage}' has {T} tokens: give a longer --segment_len")
         sums += run(model, c, S, T > S, *batch[:4])
     return tokens, batch.longest, sums
 

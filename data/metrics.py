@@ -169,8 +169,11 @@ def share(figures: list[dict], n_key: str, hits_key: str) -> float:
 
 
 def pooled(figures: list[dict], n_key: str, hits_key: str) -> tuple[float, float]:
-    """Hits and samples of one share that is as certain as the mean over these cells."""
-    n = len(figures) ** 2 / sum(1 / c[n_key] for c in figures)
+    """Hits and samples of one share that is as certain as the mean over these cells: their own number for one
+    cell, more than all together where the shares differ, fewer where the samples do."""
+    each = [((c[hits_key] + 1) / (c[n_key] + 2), c[n_key]) for c in figures]    # 0 of n is not certain
+    mean = sum(q for q, _ in each) / len(each)
+    n = mean * (1 - mean) * len(each) ** 2 / sum(q * (1 - q) / size for q, size in each)
     return share(figures, n_key, hits_key) * n, n
 
 

@@ -78,7 +78,7 @@ class PaperCandidate(lm2.Memory):
     def E_mem(self, M: Tensor, K: Tensor, Q: Tensor) -> Tensor:
         """What the tokens of a segment read, (B, S, D)."""
         A = (self.heads(Q) @ self.heads(K).mT / self.width ** 0.5).softmax(dim=-1)      # (B, HM, S, N)
-        return (A @ self.heads(self.wv(self.slots(M)))).transpose(1, 2).flatten(-2)
+        return (A @ self.heads(self.wv(self.step(M, None, None, False)[0]))).transpose(1, 2).flatten(-2)
 
     def write(self, M: Tensor, K: Tensor, Q: Tensor, g_in: Tensor) -> Tensor:
         return super().write(M, K, Q, g_in * torch.tanh(self.E_mem(M, K, Q)))

@@ -105,7 +105,7 @@ def test_the_papers_update_is_that_of_plain_loops():
     made = model("paper Eqs. (4) to (6)").layers[0].memory
     M, x = torch.randn(1, 16, 64).double(), torch.randn(1, 6, 64).double()
     Q, g_in = made.tokens(x)
-    seen = made.slots(M)
+    seen = made.bank_norm(M)
     K, V, new = made.wk(seen), made.wv(seen), torch.zeros(16, 64).double()
     of = slice(0, 32), slice(32, 64)
     scores = [Q[0, :, h] @ K[0, :, h].T / 32 ** 0.5 for h in of]                        # (S, N)

@@ -25,8 +25,8 @@ from data import babi
 from data.babilong import Builder
 from data.checkpoint import save_checkpoint
 from data.document import from_text
-from data.metrics import (LABELS, cells, compare, exact_match, floor, mcnemar, official_score, percent, table,
-                          wilson)
+from data.metrics import (LABELS, cells, compare, exact_match, floor, mcnemar, official_score, percent,
+                          pooled, table, wilson)
 from data.predictions import Predictions, load, save
 from data.published import published_table
 from data.samples import generated
@@ -409,10 +409,18 @@ def test_a_mean_weighs_tasks_alike_however_many_samples_they_have():
     sizes = (10, 10, 400, 10, 70)
     figures = [cell(hits=n if i < 3 else 0, n=n, task=f"qa{i}") for i, n in enumerate(sizes, 1)]
     floors = [2 / 10, 2 / 10, 100 / 400, 2 / 10, 17 / 70]
-    alike = 1 / sum(1 / n / 25 for n in sizes)      # a share of so many samples has the variance of the mean
-    low, high = wilson(0.4 * alike, alike)
+    likely = [(n * (i < 3) + 1) / (n + 2) for i, n in enumerate(sizes, 1)]      # not 0 and 1 for sure
+    reach = 1.96 * sum(p * (1 - p) / n for p, n in zip(likely, sizes)) ** 0.5 / 5
     assert lines_of(table(figures), EXACT)["qa1-5", "0k"] == [
-        "500", f"{100 * sum(floors) / 5:.1f}", f"40.0[{100 * low:.0f},{100 * high:.0f}]"]
+        "500", f"{100 * sum(floors) / 5:.1f}", f"40.0[{40 - 100 * reach:.0f},{40 + 100 * reach:.0f}]"]
+
+
+def test_a_mean_of_tasks_that_differ_is_more_certain_than_one_share_of_all_their_samples():
+    apart, alike = ([cell(hits=h, n=100, task=f"qa{i}") for i, h in enumerate(hits, 1)]
+                    for hits in ((10, 10, 50, 90, 90), (50, 50, 50, 50, 50)))
+    assert pooled(alike, "n", "exact")[1] == pytest.approx(500)
+    assert pooled(apart, "n", "exact")[1] > 900
+    assert pooled(apart[:1], "n", "exact") == pytest.approx((10, 100))
 
 
 def test_columns_of_other_numbers_of_samples_have_lines_of_their_own():
@@ -1222,6 +1230,14 @@ def test_the_forecast_is_printed_before_the_first_answer(cli, out, monkeypatch):
     minutes = re.findall(r"^this will take about ([\d.]+) minutes$", seen[0], re.MULTILINE)
     assert len(minutes) == 1 and 0 <= float(minutes[0]) < 10
     assert re.search(r"^it took \d+\.\d minutes$", printed, re.MULTILINE)
+
+
+def test_prose_other_than_that_of_the_training_is_told(cli, model, tok, folder, tmp_path):
+    flags = ["--ckpt", str(tmp_path / "a.pt"), "--lengths", "0k", "--n", "1", "--memory", "on"]
+    for prose, told in ((f"elsewhere/{folder.name}", False), ("novels", True), (None, True)):
+        save_checkpoint(tmp_path / "a.pt", model, tok, train=dict(background=prose))
+        printed = cli(*flags, "--again", "--out", str(tmp_path / "out.jsonl"))
+        assert (f"was trained on the prose of {prose or 'Python'}: --background" in printed) == told
 
 
 def test_a_length_beyond_the_background_says_how_often_it_goes_round(cli, val_set, out, no_forecast):

@@ -199,7 +199,7 @@ def test_asked_to_end_before_a_validation_it_saves_and_does_not_validate(folder,
     trainer = make(folder, tmp_path, "--tokens", "100000", "--eval_every", "1")
     monkeypatch.setattr(trainer, "validate", lambda: pytest.fail("it validated first"))
     real = trainer.train_step
-    monkeypatch.setattr(trainer, "train_step", lambda: (real(), trainer.stop()))
+    monkeypatch.setattr(trainer, "train_step", lambda: (real(), trainer.asked.append(True)))
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     assert content(tmp_path, "progress")["progress"][0] == 1
@@ -568,6 +568,27 @@ def test_a_run_can_start_from_the_weights_of_another_and_of_its_sizes(folder, fi
     assert began.c.recipe == "qa1"
     assert train.read_flags(["--init", str(ROOT / "assets/five.pt")])[0].recipe == "qa1-5"
     assert (began.step, began.tokens) == (0, 0) and not began.optimizer.state_dict()["state"]
+
+
+def test_a_run_that_starts_from_a_full_attention_llama_takes_its_recipe(fit, tmp_path):
+    sizes = ["--n_mem_layer", "0", "--segment_len", "4096"]
+    fit(tmp_path, "--preset", "cpu-full", "--tokens", "600", "--stages", "2:0", "--no-whole", *sizes)
+    c, kept, _, _ = train.read_flags(["--init", str(tmp_path / "ckpt.pt")])
+    assert (c.preset, c.whole, kept["segment_len"]) == ("cpu-full", True, 4096)
+    assert train.read_flags(sizes)[0].whole and not train.read_flags(sizes[:2])[0].whole
+
+
+def test_lengths_of_the_table_are_asked_once_however_they_are_written(capsys, folder, tmp_path):
+    trainer = make(folder, tmp_path, "--table_lengths", "0k 0 200 00200")
+    assert trainer.table_lengths == [0, 200]
+    assert "--table_lengths" in refused(capsys, train.main, *TINY, "--background", folder, "--out_dir",
+                                        tmp_path, "--table_lengths", "")
+
+
+def test_a_document_longer_than_the_one_segment_of_full_attention_is_named(capsys, folder, tmp_path):
+    err = refused(capsys, train.main, *TINY, "--background", folder, "--out_dir", tmp_path,
+                  "--stages", "40:0", "--whole", "--usual", "1")
+    assert "--whole" in err and "40 facts" in err and "--segment_len" in err
 
 
 def test_what_is_shorter_than_a_segment_is_one_that_writes_nothing(folder, tmp_path, monkeypatch):
