@@ -20,7 +20,7 @@ from data.babi import Question  # noqa: E402
 from data.babilong import Builder  # noqa: E402
 from data.checkpoint import save_checkpoint  # noqa: E402
 from data.document import join  # noqa: E402
-from data.metrics import wilson  # noqa: E402
+from data.metrics import percent, pooled, wilson  # noqa: E402
 from data.tokenizer import load  # noqa: E402
 from lm2 import LM2, LM2Config  # noqa: E402
 
@@ -131,9 +131,10 @@ def new_figure():
 def test_a_mean_over_tasks_weighs_tasks_alike_and_its_interval_is_that_of_the_tables():
     cells = [cell("lm2 on", "qa1", 0, 90, n=100), cell("lm2 on", "qa2", 0, 20, n=50)]
     value, low, high = pictures.mean(cells, "lm2 on", ["qa1", "qa2"], 0, "exact")
-    alike = 4 / (1 / 100 + 1 / 50)
     assert value == pytest.approx(100 * (0.9 + 0.4) / 2)
-    assert (low, high) == pytest.approx([100 * x for x in wilson(0.65 * alike, alike)])
+    assert f"{value:.1f} [{low:.0f},{high:.0f}]" == percent(*pooled(cells, "n", "exact"))
+    reach = 196 * (0.9 * 0.1 / 100 + 0.4 * 0.6 / 50) ** 0.5 / 2
+    assert (low, high) == pytest.approx((value - reach, value + reach), abs=1)
 
 
 def test_a_mean_names_the_tasks_that_are_missing():
