@@ -355,11 +355,13 @@ class LM2(nn.Module):
     def check_state(self, state: LM2State, rows: int, segment_len: int | None) -> None:
         c, S = self.cfg, state.segment_len
         kv = rows, S + 2 * c.n_mem_token, c.n_kv_head, c.n_embd // c.n_head
-        want = [(kv, (rows, c.n_slot, c.n_embd) if layer.memory else None) for layer in self.layers]
-        have = [(tuple(b.k.shape), None if b.bank is None else tuple(b.bank.shape)) for b in state.blocks]
-        if want != have or S > c.segment_len:
-            odd = next((pair for pair in zip(have, want) if len(set(pair)) > 1), (len(have), len(want)))
-            raise ValueError(f"the state is not of this model and {rows} rows: {odd[0]}, not {odd[1]}")
+        bank = rows, c.n_slot, c.n_embd
+        want = [len(self.layers), min(S, c.segment_len), *((kv, b.memory and bank) for b in self.layers)]
+        have = [len(state.blocks), S]
+        have += [(tuple(b.k.shape), None if b.bank is None else tuple(b.bank.shape)) for b in state.blocks]
+        if want != have:
+            has, needs = next(pair for pair in zip(have, want) if pair[0] != pair[1])
+            raise ValueError(f"the state is not of this model and {rows} rows: {has}, not {needs}")
         if segment_len not in (None, S):
             raise ValueError(f"segment_len {segment_len} with a state of {S}: a document keeps its own")
 

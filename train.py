@@ -180,12 +180,12 @@ class Trainer:
         stages = Stage.parse_all(c.stages, self.model.cfg.segment_len, self.tasks, c.whole)
         self.course = Curriculum(stages, c.leave_at, c.leave_plain_at, c.leave_window, c.stage_steps)
         self.table_lengths = list(dict.fromkeys(map(parse_length, c.table_lengths.split())))
+        if not self.table_lengths:
+            raise ValueError("--table_lengths is empty: give some, such as 0k 4k")
         threads = c.threads or torch.get_num_threads()
         documents = background.documents(c.background)
         self.train_set, self.val_set = (Builder(self.tokenizer, part, c.background, documents, c.stories)
                                         for part in ("train", "val"))
-        if not self.table_lengths:
-            raise ValueError("--table_lengths is empty: give some, such as 0k 4k")
         check_cells(generated(self.val_set, c.seed), self.tasks, self.table_lengths)
         for task in self.tasks:
             self.train_set.story(task, 2, random.Random(0))  # what is wrong with files shows before the start

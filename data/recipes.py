@@ -57,6 +57,7 @@ def each(stages: str, tasks: str) -> str:
 FIRST, CARRY = "2:0@qa1 4:0@qa1 2:0@qa1,qa4,qa4,qa4", "4:2:32@qa1 4:3:32@qa1"
 FIVE = "qa1,qa2,qa2,qa3,qa3,qa4,qa5,qa5"                    # what is learned slowly comes twice as often
 RELATIONS = "2:0@qa4 2:4:32@qa4 2:8:64@qa4 2:16:64@qa4"     # its documents have few answers: late, alone
+FIVE_STAGES = f"{FIRST} {each('4:0 8:0', FIVE)} {CARRY} {each('8:4:32 30:0 30:8:64 100:16', FIVE)}"
 LATE = "qa1,qa2,qa2,qa3,qa3,qa3,qa3,qa4,qa4,qa4,qa5,qa5,qa5"
 TEN = "qa1,qa2,qa2,qa3,qa3,qa4,qa4,qa5,qa5,qa6,qa7,qa7,qa8,qa9,qa10"
 TEN_LATE = "qa1,qa2,qa2,qa3,qa3,qa3,qa3,qa4,qa4,qa5,qa5,qa5,qa6,qa7,qa7,qa8,qa8,qa9,qa10"
@@ -72,10 +73,8 @@ RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, "llama" 
     "qa1-5": {          # hours
         "": dict(preset="cpu-hours", tasks="qa1 qa2 qa3 qa4 qa5", tokens=90_000_000, decay=0.55, lr=1.4e-3,
                  leave_plain_at=0.93, plain=0.4, asides=4, batch_tokens=8192, eval_every=8_000_000, **ALL,
-                 stages=f"{FIRST} {each('4:0 8:0', FIVE)} {CARRY} "
-                        f"{each('8:4:32 30:0 30:8:64 100:16', FIVE)} {RELATIONS} 100:32@{LATE}"),
-        "rmt": dict(lr=7e-4, stages=f"{FIRST} {each('4:0 8:0', FIVE)} {CARRY} "
-                                    f"{each('8:4:32 30:0 30:8:64 100:16', FIVE)} 100:32@{LATE}"),
+                 stages=f"{FIVE_STAGES} {RELATIONS} 100:32@{LATE}"),
+        "rmt": dict(lr=7e-4, stages=f"{FIVE_STAGES} 100:32@{LATE}"),
         "llama": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 30:1', FIVE)} 2:0@qa4 100:1@{LATE}"),
         "full": dict(lr=7e-4, stages=f"{FIRST} {each('4:0 8:0 30:0 30:4:128', FIVE)} 100:8:128@{LATE}",
                      **WHOLE)},

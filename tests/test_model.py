@@ -875,6 +875,7 @@ def test_a_configuration_that_cannot_work_is_refused_by_name_and_value(change, n
     (lambda m: m(text(3, 4), state=m(text(2, 4))[2]), "3 rows.* 2"),
     (lambda m: m(text(2, 4), state=LM2(replace(m.cfg, n_mem_layer=1)).initial_state(2)), "None.*, not .*16"),
     (lambda m: m(text(2, 4), state=LM2(replace(m.cfg, n_layer=3)).initial_state(2)), "2 rows: 3, not 2"),
+    (lambda m: m(text(2, 4), state=LM2(replace(m.cfg, segment_len=9)).initial_state(2)), "2 rows: 9, not 5"),
     (lambda m: m(text(2, 4), keep="first"), "first"),
     (lambda m: m(text(2, 4), keep=None), "None"),
     (lambda m: m(text(2, 4), keep="targets"), "targets"),
@@ -883,8 +884,8 @@ def test_a_configuration_that_cannot_work_is_refused_by_name_and_value(change, n
     (lambda m: m(text(2, 4), segment_len=0), "segment_len 0"),
     (lambda m: m.read(text(2, 0)), r"\(2, 0\)"),
     (lambda m: m.generate(text(2, 0), 3), r"\(2, 0\)"),
-], ids=["float", "int32", "one_row", "no_token", "other_batch", "less_memory", "more_blocks", "keep", "keep_none",
-        "keep_targets",
+], ids=["float", "int32", "one_row", "no_token", "other_batch", "less_memory", "more_blocks",
+        "longer_segments", "keep", "keep_none", "keep_targets",
         "targets_turned", "segment_too_long", "segment_0", "read_nothing", "generate_nothing"])
 def test_a_call_that_cannot_work_is_refused_by_value(call, named):
     with pytest.raises(ValueError, match=named):
