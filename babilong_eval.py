@@ -166,7 +166,7 @@ def evaluate(model: LM2, tokenizer: Tokenizer, samples: Samples, work: Work,
 def forecast(model: LM2, tokenizer: Tokenizer, samples: Samples, work: Work, modes: list[str], rag: int,
              max_tokens: int = 200_000, most: float = 64_000) -> float:
     """Seconds that this work will take: of each length up to `most` a batch is tried, from all tasks in turn
-    and a twentieth of the samples at the most; beyond, time grows with the length."""
+    and a twentieth of the samples at the most, but two; beyond, time grows with the length."""
     cost: dict[int, float] = {}             # seconds a sample
     for length in sorted({min(length, most) for _, length, _ in work}):
         counts = [(task, n) for task, size, n in work if min(size, most) == length]
@@ -206,7 +206,8 @@ def read_flags(argv: list[str] | None):
     add("--max_tokens", type=int, default=200_000, help="tokens of prompts held at once (default 200000)")
     add("--device", default="auto", help="auto, cpu or cuda (default auto)")
     add("--out", help="file for the answers (default predictions.jsonl beside the first checkpoint)")
-    add("--again", action="store_true", help="replace the answers in --out instead of going on (default off)")
+    add("--again", action="store_true", help="replace all answers in --out, of other models too, "
+        "instead of going on (default off)")
     add("--compare", nargs=2, metavar=("A", "B"), help="also McNemar's test between two columns, such as "
         '"lm2 on" "lm2 off", on the same questions (default none)')
     add("--figures", help="also write the counts of every cell to this JSON file (default none)")
@@ -229,8 +230,9 @@ def check_figures(args, out: str | Path) -> None:
     if args.figures is None:
         return
     path, taken = Path(args.figures), [out, *(name_and_path(text)[1] for text in args.ckpt)]
-    if path.is_dir() or not path.parent.is_dir() or path.resolve() in [Path(x).resolve() for x in taken]:
-        raise ValueError(f"--figures {path}: name a new file in a folder that is there")
+    if (path.suffix != ".json" or path.is_dir() or not path.parent.is_dir()
+            or path.resolve() in [Path(x).resolve() for x in taken]):
+        raise ValueError(f"--figures {path}: name a new .json file in a folder that is there")
 
 
 def show(rows: list[dict], args) -> None:
@@ -263,7 +265,7 @@ def run(args) -> None:
     """Ask all models, from where an earlier run stopped, and show the answers."""
     device, counts = pick_device(args.device), read_lengths(args.lengths, args.n)
     models = read_models(args.ckpt, device)
-    model, tokenizer, content, _ = next(iter(models.values()))
+    content = next(iter(models.values()))[2]
     tasks = list(dict.fromkeys(args.tasks or content.get("train", {}).get("tasks", "qa1").split()))
     out = Path(args.out or name_and_path(args.ckpt[0])[1].with_name("predictions.jsonl"))
     if out.is_dir() or not out.parent.is_dir():
@@ -273,7 +275,8 @@ def run(args) -> None:
     columns = [f"{name} {mode}" for name in models for mode in args.modes]
     if wrong := [name for name in args.compare or () if name not in columns]:
         raise ValueError(f"--compare: column {wrong[0]!r} is not asked: choose from {columns}")
-    if args.path and Path(args.path).is_file() and len(tasks) * (args.source == "babi" or len(counts)) > 1:
+    cells_asked = len(tasks) * (1 if args.source == "babi" else len(counts))
+    if args.path and Path(args.path).is_file() and cells_asked > 1:
         raise ValueError(f"--path {args.path} is one file: give a folder for several tasks or lengths")
     check_figures(args, out)
     sources, work, settings = {}, [], []

@@ -46,9 +46,9 @@ def main(argv: list[str] | None = None) -> None:
                         "they become single spaces, as in the training text (default off)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     args = parser.parse_args(argv)
-    if args.max_new_tokens < 0 or not args.temperature >= 0:
-        parser.error(f"--max_new_tokens {args.max_new_tokens} and --temperature {args.temperature} "
-                     "must not be negative")
+    if args.max_new_tokens < 0 or not args.temperature >= 0 or not 0 <= args.seed < 2**32:
+        parser.error(f"--max_new_tokens {args.max_new_tokens}, --temperature {args.temperature} and --seed "
+                     f"{args.seed} must not be negative, nor the seed beyond {2**32 - 1}")
     with one_line("sample.py"):
         device = pick_device(args.device)
         model, tokenizer, _ = load_checkpoint(args.ckpt, device)

@@ -265,7 +265,7 @@ class Trainer:
         first = self.step - len(values)
         for i, ((longest, _), (norm, _, accuracy)) in enumerate(zip(self.pending, values), first):
             if not math.isfinite(norm):
-                raise ValueError(f"the gradient is {norm} at step {i}: lower --lr, --resume if you can")
+                raise ValueError(f"the gradient is {norm} at step {i}: train anew with a lower --lr")
             if longest:
                 self.course.recent.append(accuracy)
         self.pending.clear()

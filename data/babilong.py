@@ -79,8 +79,9 @@ class Builder:
 
     def size(self, text: str, ids: Sequence[int]) -> float:
         """What a sentence with the space before it counts."""
-        return {"own": lambda: len(ids), "gpt2": lambda: len(self.gpt2.encode_ordinary(text)),
-                "chars": lambda: len(text) / CHARS}[self.count]()
+        if self.count == "own":
+            return len(ids)
+        return len(self.gpt2.encode_ordinary(text)) if self.count == "gpt2" else len(text) / CHARS
 
     def encode(self, sentence: str) -> tuple[np.ndarray, float]:
         """Ids and size of a sentence of a story; few differ, so they are kept."""

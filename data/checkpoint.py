@@ -45,7 +45,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
         raise ValueError(f"there is no checkpoint {path}: train one (python train.py) or name another")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except PermissionError:
+    except (PermissionError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception:  # a broken zip, pickle or tensor: torch has no common class for them
         raise ValueError(f"{path} is cut short or no checkpoint: train again or name another") from None

@@ -100,9 +100,10 @@ class JsonLines:
 
     def __init__(self, path: Path, step: int | None):
         old = path.read_text(encoding="utf-8") if step is not None and path.is_file() else ""
+        kept = [line for line in old.splitlines(True)
+                if line.endswith("}\n") and json.loads(line).get("step", step + 1) <= step]
         self.file = open(path, "w", encoding="utf-8")
-        self.file.writelines(line for line in old.splitlines(True) if line.endswith("}\n")
-                             and json.loads(line).get("step", step + 1) <= step)
+        self.file.writelines(kept)
 
     def write(self, **values) -> None:
         self.file.write(json.dumps(values) + "\n")

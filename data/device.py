@@ -34,7 +34,7 @@ def check_compiler(device: torch.device) -> None:
     gpu = ("cl",) if sys.platform == "win32" else ("gcc", "clang")
     names = gpu if device.type == "cuda" else (dict(darwin="clang++", win32="cl").get(sys.platform, "g++"),)
     if not any(map(shutil.which, names)):
-        raise ValueError(f"--compile finds no C++ compiler here: install {names[0]} or give --no-compile")
+        raise ValueError(f"--compile finds no compiler here: install {names[0]} or give --no-compile")
 
 
 def compile_blocks(model: nn.Module, **options) -> None:

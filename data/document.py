@@ -18,12 +18,12 @@ def parse_length(text: str) -> int:
     """"0k", "4k", "1M" or a plain number -> tokens, in thousands as the benchmark's names are."""
     unit = {"k": 1000, "m": 1000_000}.get(text[-1:].lower(), 1)
     try:
-        value = int(text.strip() if unit == 1 else text[:-1])
+        value = unit * int(text.strip() if unit == 1 else text[:-1])
     except ValueError:
         value = -1
-    if value < 0:
-        raise ValueError(f"length {text!r} is none: write 0k, 4k, 1M or a number of tokens")
-    return value * unit
+    if not 0 <= value <= 10**9:
+        raise ValueError(f"length {text!r} is none: write 0k, 4k, 1M or a number of tokens, at most 1000M")
+    return value
 
 
 def length_name(length: int) -> str:

@@ -70,11 +70,8 @@ def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
 def mcnemar(only_a: int, only_b: int) -> float:
     """McNemar's exact test, two-sided: how likely is so uneven a split, if either of two models is as likely
     to be the one that is right where they differ?"""
-    n, ways, total = only_a + only_b, 1, 0
-    for k in range(min(only_a, only_b) + 1):
-        total += ways                           # n over k
-        ways = ways * (n - k) // (k + 1)
-    return min(1.0, 2 * total / 2 ** n)
+    n = only_a + only_b
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1)) / 2 ** n)
 
 
 def column(row: dict) -> str:

@@ -1,9 +1,9 @@
 """Pictures: accuracy by length, the radar of task groups, what tokens read from the memory, what slots keep.
 
-    python -m data.pictures accuracy assets/models.json --out assets/models.png
-    python -m data.pictures radar out/figures.json --length 4k --out radar.png
-    python -m data.pictures read --ckpt out/ckpt.pt --seed 5 --out assets/read.png
-    python -m data.pictures write --ckpt out/ckpt.pt --seed 5 --out assets/write.png
+    python -m data.pictures accuracy assets/models.json --out out/models.png
+    python -m data.pictures radar out/figures.json --length 4k --out out/radar.png
+    python -m data.pictures read --ckpt out/ckpt.pt --seed 5 --out out/read.png
+    python -m data.pictures write --ckpt out/ckpt.pt --seed 5 --out out/write.png
 
 Writes --out, a .png, .pdf or .svg. Needs matplotlib: pip install -e ".[pictures]". The first two draw what
 `babilong_eval.py --figures` wrote, the radar as in the paper's Fig. 3; models NAME-0, NAME-1 and so on are

@@ -62,15 +62,16 @@ def check(path: Path, known: dict[str, dict], new: dict) -> None:
             own = key in ("model", "checkpoint") or key.startswith("samples")
             if old[key] != new[key] and (old["model"] == new["model"] or not own):
                 raise ValueError(f"{path} has answers of {old['model']} with {key} {old[key]}, not "
-                                 f"{new[key]}: give another --out, or --again to replace them")
+                                 f"{new[key]}: give another --out, or --again to replace all in it")
 
 
 def load(path: str | Path) -> list[dict]:
-    """The predictions of a file; ValueError names a file or line that is none."""
+    """The predictions of a file, but for a last line that was cut off; ValueError names what is none."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file {path}: name a predictions.jsonl")
-    rows = read(path, path.read_bytes().splitlines())[1]
+    lines = path.read_bytes().splitlines(keepends=True)
+    rows = read(path, [line for line in lines if line.endswith(b"\n")])[1]
     if not rows:
         raise ValueError(f"{path} holds no prediction: run the evaluation again")
     return rows
@@ -104,7 +105,7 @@ class Predictions:
             check(path, known, new)
             if new["model"] not in known and any(row["model"] == new["model"] for row in self.rows):
                 raise ValueError(f"{path} has answers of {new['model']} without their settings: give another "
-                                 "--out, or --again to replace them")
+                                 "--out, or --again to replace all in it")
         if len(whole) < len(lines):
             partial = path.with_name(path.name + ".tmp")
             partial.write_bytes(b"".join(whole))

@@ -31,8 +31,9 @@ def load_figures(path: str) -> list[dict]:
             counts = [c[key] for key in ("exact", "floor", "official", "floor_official")]
             far = [c[key] for key in ("outside_exact", "floor_outside", "outside_n")]
             seen.add((c["model"] + c["memory"] + c["task"], c["length"]))
-            if (not 0 <= min(counts) <= max(counts) <= c["n"] > 0 <= c["length"] or len(seen) < number
-                    or not 0 <= min(far) <= max(far) == far[2] <= c["n"] or c["task"] not in TASKS):
+            if (not 0 <= min(counts) <= max(counts) <= c["n"] or c["n"] < 1 or c["length"] < 0
+                    or not 0 <= min(far) <= max(far) == far[2] <= c["n"] or len(seen) < number
+                    or c["task"] not in TASKS):
                 raise ValueError
     except (ValueError, KeyError, TypeError):
         where = f"cell {number} is broken or there twice" if number else "that is none of its files"

@@ -1,7 +1,6 @@
 """A byte-level BPE tokenizer that needs no download: 2,048 tokens, in `bpe_2048.tiktoken` beside this file.
 
     python -m data.tokenizer --vocab_size 2048 --out data/bpe_2048.tiktoken   # how that file was made: 4 s
-    python -m data.tokenizer --background books/ --out books.tiktoken         # one for your own text
 
 Writes a rank file in tiktoken's format: a token in base64, a space and its rank on every line. Learned from
 the train part of the background (data/background.py); the words of bAbI are given, one token each.
@@ -158,8 +157,8 @@ def main(argv: list[str] | None = None) -> None:
                         help="tokens, the end of text included (default: %(default)s)")
     parser.add_argument("--background", metavar="FOLDER",
                         help="folder of UTF-8 .txt files (default: the documentation that ships with Python)")
-    parser.add_argument("--out", type=Path, default=Path("data/bpe_2048.tiktoken"),
-                        help="rank file to write (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True,
+                        help="rank file to write; all training takes data/bpe_2048.tiktoken")
     args = parser.parse_args(argv)
     try:
         documents = background.documents(args.background)
@@ -172,7 +171,8 @@ def main(argv: list[str] | None = None) -> None:
         temporary.write_text(ranks, encoding="ascii", newline="\n")
         os.replace(temporary, args.out)
     except OSError as error:
-        Path(f"{args.out}.tmp").unlink(missing_ok=True)
+        if Path(f"{args.out}.tmp").is_file():
+            Path(f"{args.out}.tmp").unlink()
         parser.error(f"cannot read or write {error.filename} ({error.strerror}): name another")
     except ValueError as error:
         parser.error(str(error))

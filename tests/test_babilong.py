@@ -320,7 +320,8 @@ def test_lengths_are_read_in_thousands_and_millions(text, tokens):
     assert parse_length(text) == tokens
 
 
-@pytest.mark.parametrize("text", ["", "k", "4x", "-1", "-2k", "4.5k", "1e3", "four", "4k4"])
+@pytest.mark.parametrize("text", ["", "k", "4x", "-1", "-2k", "4.5k", "1e3", "four", "4k4", "1001M",
+                                  "9" * 30])
 def test_a_length_that_is_none_is_named(text):
     with pytest.raises(ValueError, match=re.escape(repr(text))):
         parse_length(text)

@@ -1158,6 +1158,12 @@ def test_rows_written_before_there_were_several_models_are_those_of_lm2(out):
     assert load(out) == [prediction(found=True)]
 
 
+def test_a_last_line_that_was_cut_off_is_no_answer_and_no_mistake(out):
+    text = f"{json.dumps(prediction())}\n{json.dumps(prediction(i=1))}"
+    out.write_text(text[:-9], encoding="utf-8")
+    assert load(out) == Predictions(out, []).rows == [prediction()]
+
+
 @pytest.mark.parametrize("change", [
     dict(i=None), dict(i="0"), dict(i=-1), dict(i=True), dict(length=-1), dict(seconds="fast"),
     dict(outside=1), dict(memory="maybe"), dict(task="qa21"), dict(found="yes"), dict(model=7)])
@@ -1277,7 +1283,7 @@ def test_a_flag_that_cannot_be_is_named_before_anything_is_written(denied, tmp_p
 
 @pytest.mark.parametrize("flags", [[], ["--from_predictions", "{out}"]])
 @pytest.mark.parametrize("place", [
-    "{out}", "{ckpt}", "{tmp}", "{tmp}/no/f.json", "{tmp}/../{tmp.name}/p.jsonl"])
+    "{out}", "{ckpt}", "{tmp}", "{tmp}/no/f.json", "{tmp}/../{tmp.name}/p.jsonl", "{tmp}/other.pt"])
 def test_figures_replace_neither_answers_nor_checkpoints(denied, ckpt, whole, out, tmp_path, place, flags):
     out.write_bytes(whole.read_bytes())
     place, before = place.format(out=out, ckpt=ckpt, tmp=tmp_path), ckpt.read_bytes()

@@ -27,6 +27,7 @@ import train
 from data import babi, babilong, checkpoint, predictions
 from data.batches import Batches, Stage
 from data.checkpoint import load_checkpoint, save_checkpoint
+from data.cli import JsonLines
 from data.device import CudaGraphs, peak_memory
 from data.helpers import add_gradients
 from data.metrics import cells, table
@@ -287,6 +288,13 @@ def test_stopped_by_the_clock_and_resumed_by_the_flag_it_ends_as_a_run_in_one_go
         assert runs[0] == runs[1]
 
 
+def test_a_log_that_cannot_be_read_is_left_as_it_was(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"step": 1}\nx}\n', encoding="utf-8")
+    with pytest.raises(ValueError):
+        JsonLines(tmp_path / "m.jsonl", 1)
+    assert (tmp_path / "m.jsonl").read_text(encoding="utf-8") == '{"step": 1}\nx}\n'
+
+
 def test_a_run_in_bfloat16_says_so_and_ends_near_the_one_in_float32_in_helpers_too(fit, tmp_path):
     flags = ["--tokens", "1000", "--stages", "2:0", "--accumulate", "2"]
     says, weights = {}, {}
@@ -527,7 +535,7 @@ def test_a_gradient_that_is_not_finite_ends_in_a_line_with_its_step_and_is_not_s
     spoil(monkeypatch, 2)
     err = refused(capsys, train.main, *TINY, "--tokens", "1500", "--background", folder,
                   "--out_dir", tmp_path, "--log_every", log_every)
-    assert "the gradient is inf at step 2: lower --lr" in err
+    assert "the gradient is inf at step 2: train anew with a lower --lr" in err
     assert not (tmp_path / "ckpt.pt").exists()
 
 
@@ -996,7 +1004,8 @@ def test_babilong_eval_names_a_wrong_cell_before_the_first_answer(capsys, wild, 
 
 @pytest.mark.parametrize("flags, named", [
     (["--nope", "1"], "--nope"), (["--temp", "1"], "--temp"), (["--max_new_tokens", "few"], "few"),
-    (["--max_new_tokens", "-1"], "-1"), (["--temperature", "-0.5"], "-0.5"),
+    (["--max_new_tokens", "-1"], "-1"), (["--temperature", "-0.5"], "-0.5"), (["--seed", "-1"], "--seed -1"),
+    (["--seed", "9" * 20], "9" * 20),
     (["--temperature", "nan"], "nan"), (["--memory", "maybe"], "maybe"),
     (["--device", "gpu7"], "gpu7"), (["--ckpt", "no/ckpt.pt"], "no/ckpt.pt"),
     (["--file", "no/book.txt"], "no/book.txt"),
