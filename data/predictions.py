@@ -71,7 +71,9 @@ def load(path: str | Path) -> list[dict]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}: name a predictions.jsonl")
     lines = path.read_bytes().splitlines(keepends=True)
-    rows = read(path, [line for line in lines if line.endswith(b"\n")])[1]
+    if len(lines) > 1 and not lines[-1].endswith((b"\n", b"}")):     # a run was cut off while it wrote
+        lines.pop()
+    rows = read(path, lines)[1]
     if not rows:
         raise ValueError(f"{path} holds no prediction: run the evaluation again")
     return rows
