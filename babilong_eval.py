@@ -166,7 +166,7 @@ def evaluate(model: LM2, tokenizer: Tokenizer, samples: Samples, work: Work,
 def forecast(model: LM2, tokenizer: Tokenizer, samples: Samples, work: Work, modes: list[str], rag: int,
              max_tokens: int = 200_000, most: float = 64_000) -> float:
     """Seconds that this work will take: of each length up to `most` a batch is tried, from all tasks in turn
-    and a twentieth of the samples at the most, but two; beyond, time grows with the length."""
+    and at most a twentieth of the samples but two at least; beyond, time grows with the length."""
     cost: dict[int, float] = {}             # seconds a sample
     for length in sorted({min(length, most) for _, length, _ in work}):
         counts = [(task, n) for task, size, n in work if min(size, most) == length]

@@ -160,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True,
                         help="rank file to write; all training takes data/bpe_2048.tiktoken")
     args = parser.parse_args(argv)
+    temporary = Path(f"{args.out}.tmp")  # an older file outlives any failure
     try:
         documents = background.documents(args.background)
         texts = {part: "\n".join(map(" ".join, background.split(documents, part)))
@@ -167,12 +168,11 @@ def main(argv: list[str] | None = None) -> None:
         tokens = train(Counter(re.findall(PATTERN, texts["train"])), WORDS, args.vocab_size - 1)
         ranks = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
         tokenizer = Tokenizer(ranks)
-        temporary = Path(f"{args.out}.tmp")  # an older file outlives any failure
         temporary.write_text(ranks, encoding="ascii", newline="\n")
         os.replace(temporary, args.out)
     except OSError as error:
-        if Path(f"{args.out}.tmp").is_file():
-            Path(f"{args.out}.tmp").unlink()
+        if temporary.is_file():
+            temporary.unlink()
         parser.error(f"cannot read or write {error.filename} ({error.strerror}): name another")
     except ValueError as error:
         parser.error(str(error))
