@@ -84,7 +84,7 @@ class LM2Config:
 
 @dataclass
 class BlockState:
-    """What one block carries. Of the open (unfinished) segment the first `fill` rows of k, v, q, c count."""
+    """What one block carries. Of the open (unfinished) segment the first `fill` rows count (RMT: K more)."""
     k: Tensor                   # (B, S, KV, D/H) keys of the open segment, already rotated; RMT: S + 2 K rows
     v: Tensor                   # (B, S, KV, D/H)
     bank: Tensor | None = None  # (B, N, D) its M, or None; differs from paper: t counts segments, not blocks
@@ -243,7 +243,7 @@ class Memory(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+    """SwiGLU: w2(silu(w1 x) * w3 x), (..., D) -> (..., D)."""
     def __init__(self, cfg: LM2Config):
         super().__init__()
         D, inner = cfg.n_embd, cfg.ffn_dim
@@ -297,7 +297,7 @@ class Block(nn.Module):
         else:
             if fill == 0:
                 seen, key, _ = mem.step(st.bank, Q, c, False)
-                st = replace(st, bank_k=key, bank_v=mem.wv(seen))
+                st = replace(st, bank_k=key.to(st.k.dtype), bank_v=mem.wv(seen).to(st.k.dtype))
             K, V, q, cand = st.bank_k, st.bank_v, store(st.q, Q, fill, owned), store(st.c, c, fill, owned)
             M = mem.write(st.bank, K, q, cand) if write and fill + T == S else st.bank
             st = replace(st, k=k, v=v, q=q, c=cand, bank=M)
@@ -339,7 +339,7 @@ class LM2(nn.Module):
 
     def initial_state(self, batch: int, segment_len: int | None = None) -> LM2State:
         """The state before any token: empty caches, banks at M_0, rows of the identity, constant, in at least
-        float32. Training may shorten `segment_len`."""
+        float32. Training may shorten `segment_len`; ValueError for one longer than the model's."""
         c, S = self.cfg, self.cfg.segment_len if segment_len is None else segment_len
         if not 1 <= S <= c.segment_len:
             raise ValueError(f"segment_len {S} must lie between 1 and the model's {c.segment_len}")
@@ -353,6 +353,7 @@ class LM2(nn.Module):
         return LM2State(blocks, S, mem)
 
     def check_state(self, state: LM2State, rows: int, segment_len: int | None) -> None:
+        """ValueError for a state of another model, of another batch than `rows`, or of other segments."""
         c, S = self.cfg, state.segment_len
         kv = rows, S + 2 * c.n_mem_token, c.n_kv_head, c.n_embd // c.n_head
         bank = rows, c.n_slot, c.n_embd
@@ -368,7 +369,7 @@ class LM2(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None, state: LM2State | None = None, *,
                 keep: str | Tensor = "all", segment_len: int | None = None, write: bool = True,
                 recompute: bool = False) -> tuple[Tensor, Tensor | None, LM2State]:
-        """idx (B, T) int64, T >= 1 [, targets (B, T), already shifted, -1 = ignored] -> logits, loss, state.
+        """idx (B, T) int64, B, T >= 1 [, targets (B, T), shifted, -1 = ignored] -> logits, loss, state.
         state        what an earlier call returned for the tokens before these; None starts a document
         keep         "all": logits (B, T, V); "last": (B, 1, V); "targets": (n, V), positions with a target;
                      or the (n,) flat positions (row * T + column) themselves, which spares a GPU a wait
@@ -376,8 +377,8 @@ class LM2(nn.Module):
         write        False holds every bank at the value it came in with: the memory switched off
         recompute    activation checkpointing: keep each block's input only, run it again for the gradient
         Raises ValueError for an input of another shape or dtype, or of another batch than the state's."""
-        if idx.ndim != 2 or idx.dtype != torch.int64 or idx.shape[1] < 1:
-            raise ValueError(f"idx must be (B, T) int64 with T >= 1, not {tuple(idx.shape)} {idx.dtype}")
+        if idx.ndim != 2 or idx.dtype != torch.int64 or idx.numel() < 1:
+            raise ValueError(f"idx must be (B, T) int64 with B, T >= 1, not {tuple(idx.shape)} {idx.dtype}")
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets are {tuple(targets.shape)}, not {tuple(idx.shape)} as idx")
         if not isinstance(keep, Tensor) and keep not in ("all", "last", *["targets"] * (targets is not None)):
@@ -421,8 +422,8 @@ class LM2(nn.Module):
         state = state or self.initial_state(idx.shape[0])
         tokens_a_call = tokens_a_call or (2**25 // self.cfg.n_embd if idx.is_cuda else 4096)  # GPUs want much
         step = max(1, tokens_a_call // (idx.shape[0] * state.segment_len)) * state.segment_len
-        for at in range(-state.fill, max(1, idx.shape[1]), step):  # once at least: it refuses an empty idx
-            logits, _, state = self(idx[:, max(0, at):at + step], state=state, keep="last", write=write)
+        for at in range(-state.fill, max(1, idx.shape[-1]), step):  # once at least: it refuses an empty idx
+            logits, _, state = self(idx[..., max(0, at):at + step], state=state, keep="last", write=write)
         return logits[:, -1], state
 
     @torch.no_grad()

@@ -5,7 +5,7 @@
     cat book.txt | python sample.py --file - --memory off            # from standard input, memory off
 
 Writes nothing but the continuation, on standard output. The prompt is read segment by segment: a million
-tokens need no more memory than a thousand, and a token of the answer costs the same after either.
+tokens need no more memory than a thousand, their ids apart, and a token of the answer costs the same.
 """
 import codecs
 import sys
@@ -20,7 +20,7 @@ from data.device import pick_device
 
 def read_text(name: str) -> str:
     """The text of a file, "-" for standard input; ValueError names a file that is missing or not UTF-8."""
-    if name != "-" and not Path(name).is_file():
+    if name != "-" and (Path(name).is_dir() or not Path(name).exists()):
         raise ValueError(f"--file {name}: there is no such file, give the path of a text or - for standard "
                          "input")
     try:

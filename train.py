@@ -42,7 +42,7 @@ QA1_STAGES = "2:0 4:0 10:0 4:2:32 4:3:32 10:4:32 10:8:32 10:16:64 10:16 10:32"
 @dataclass(frozen=True)
 class TrainConfig:
     preset: str = "cpu"                 # sizes of data/recipes.py, else the recipe's; flags win over them
-    recipe: str = "qa1"                 # of data/recipes.py, else the preset's: qa1, qa1-5 or qa1-10
+    recipe: str = "qa1"                 # of data/recipes.py, else the preset's: qa1, qa1-5, qa1-10[-hours]
     out_dir: str = "out"                # folder for ckpt.pt, metrics.jsonl and table.jsonl
     init: str | None = None             # checkpoint whose weights, sizes and recipe to start with; None: anew
     tasks: str = "qa1"                  # bAbI tasks to train on and to evaluate, with spaces between
@@ -132,6 +132,7 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
         model, _, content = load_checkpoint(init)
         sizes, known = asdict(model.cfg), content.get("train", {}) | own
         known["preset"] = known["preset"] if known.get("preset") in PRESETS else None   # one of an older file
+    own |= dict(processes=None) if resume else {}       # they must divide the checkpoint's --accumulate
     c = TrainConfig(**knobs(known.get("recipe"), known.get("preset"), sizes) | own)
     return c, PRESETS[c.preset] | sizes, resume, given
 
@@ -149,7 +150,8 @@ def add_gradient(model: LM2, c: TrainConfig, segment_len: int, write: bool, idx:
 
 
 class Trainer:
-    """A run: what `save` writes (and under --total_minutes the clock) decides bit for bit how it goes on."""
+    """A run: what `save` writes (and under --total_minutes the clock) decides how it goes on: bit for bit on
+    the same CPU."""
 
     def __init__(self, c: TrainConfig, sizes: dict, resume: bool, given: dict):
         self.ckpt = Path(c.out_dir, "ckpt.pt")
@@ -224,6 +226,7 @@ class Trainer:
         self.metrics = JsonLines(self.ckpt.with_name("metrics.jsonl"), self.step if resume else None)
 
     def save(self) -> None:
+        """Write the checkpoint. ValueError for a gradient that was not finite, OSError for a full disk."""
         if self.pending:
             self.collect()
         save_checkpoint(self.ckpt, self.model, self.tokenizer, train=asdict(self.c),
@@ -232,12 +235,14 @@ class Trainer:
                                   self.seconds])
 
     def close(self) -> None:
-        """End the other processes: helpers and workers."""
+        """End the other processes, helpers and workers, and the log."""
         self.helpers.close()
         torch.set_num_threads(self.threads[0])
         self.batches.loader = None
+        self.metrics.file.close()
 
     def log(self, **values) -> None:
+        """A line of metrics.jsonl, with where the run stands."""
         self.metrics.write(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 1), **values)
 
     def train_step(self) -> None:
@@ -293,6 +298,7 @@ class Trainer:
         return {f"{c['task']} {length_name(c['length'])}": round(c["exact"] / c["n"], 4) for c in found}
 
     def evaluate(self, lengths: list[int], n: int, seed: int, modes: tuple, show: bool = False) -> list[dict]:
+        """Predictions on n validation samples a task and length, in modes of babilong_eval.py's --memory."""
         samples, work = generated(self.val_set, seed), [(t, x, n) for t in self.tasks for x in lengths]
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads[0])  # the helpers wait meanwhile
@@ -302,6 +308,7 @@ class Trainer:
         return rows
 
     def run(self) -> None:
+        """Train to the end, or until it is asked to stop, which raises KeyboardInterrupt behind `save`."""
         c, began, before = self.c, time.perf_counter(), self.seconds
         bar = tqdm(total=None if c.total_minutes else c.tokens, initial=self.tokens, unit="tok",
                    unit_scale=True, disable=None, smoothing=0.05)

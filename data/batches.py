@@ -24,8 +24,8 @@ from data.babilong import Builder
 from data.cli import Parser, one_line
 from data.tokenizer import load
 
-FEW_FACTS = 10      # half of a stage's documents with background are asked earlier too (asides); where they
-MANY_ASIDES = 0.8   # have more facts than this it is so many, with background or not: the facts cost more
+FEW_FACTS = 10      # half of the documents of stages with background are asked earlier too (asides), of those
+MANY_ASIDES = 0.8   # with more facts than this such a share, with background or not: the facts cost more
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Curriculum:
 
 
 class Batch(NamedTuple):
-    idx: Tensor                         # (B, T) int64, padded on the right, with background to whole segments
+    idx: Tensor                         # (B, T) int64, padded on the right, beyond a segment to whole ones
     targets: Tensor                     # (B, T) int64, -1 where nothing is asked
     keep: Tensor                        # (n,) int64: flat positions of idx whose next token is asked for
     words: Tensor                       # (n,) bool: those that are asked for a word, not for the answer's end

@@ -6,13 +6,12 @@
 Tensors and plain values only, so that loading one runs no code. Writes where it is told, all or nothing.
 """
 import hashlib
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from data.cli import Parser, one_line
+from data.cli import Parser, one_line, replacing
 from data.tokenizer import Tokenizer
 from lm2 import LM2, LM2Config
 
@@ -23,17 +22,12 @@ KEPT = "tasks", "recipe", "preset", "background", "seed"   # of the training, wh
 def save_checkpoint(path: str | Path, model: LM2, tokenizer: Tokenizer, **values) -> None:
     """Write model, tokenizer and `values` (tensors and plain values only) to `path`; a file that is there
     stays whole until the new one is complete. Raises OSError if it cannot be written."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".tmp")
     content = dict(format=FORMAT, config=asdict(model.cfg), model=model.state_dict(),
                    tokenizer=tokenizer.ranks)
     try:
-        with open(partial, "wb") as file:
+        with replacing(path) as partial, open(partial, "wb") as file:
             torch.save(content | values, file)
-        os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        if partial.is_file():
-            partial.unlink()
         raise OSError(f"cannot write the checkpoint {path}: {error}") from None
 
 
@@ -59,7 +53,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}: train again or name another") from None
     except (AttributeError, TypeError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} does not fit this code: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} does not fit this code: {' '.join(str(error).split())[:200]}") from None
     if tokenizer.n_vocab != model.cfg.vocab_size:
         raise ValueError(f"{path}: a tokenizer of {tokenizer.n_vocab} tokens, "
                          f"a model of {model.cfg.vocab_size}")

@@ -16,6 +16,11 @@ import typing
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None            # Windows: two runs in one folder are not told apart there
+
 
 class Parser(argparse.ArgumentParser):
     """argparse without prefix matching, and with one line for a mistake instead of the whole usage."""
@@ -94,26 +99,48 @@ def interrupts_kept(asked: list):
         signal.signal(signal.SIGINT, before)
 
 
+@contextlib.contextmanager
+def replacing(path: str | Path):
+    """A file to write beside `path`, which takes its place when the block ends; after an error nothing has
+    changed."""
+    partial = Path(f"{path}.tmp")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        if partial.is_file():
+            partial.unlink()
+
+
 class JsonLines:
-    """A file of JSON, a line a call of `write`. Of one that is there already the lines up to a step are kept:
-    a run that was killed has logged steps that are taken again; without a step it starts anew."""
+    """A file of JSON, a line a call of `write`, by one process at a time. Of one that is there already the
+    lines up to a step are kept: a run that was killed has logged steps that are taken again; without a step
+    it starts anew. ValueError while another process writes it, and for lines that are no such JSON."""
 
     def __init__(self, path: Path, step: int | None):
-        old = path.read_text(encoding="utf-8") if step is not None and path.is_file() else ""
-        kept = [line for line in old.splitlines(True)
-                if line.endswith("}\n") and json.loads(line).get("step", step + 1) <= step]
-        self.file = open(path, "w", encoding="utf-8")
-        self.file.writelines(kept)
+        self.file, kept = open(path, "a+b"), 0
+        try:
+            if fcntl:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another run writes {path}: give another --out_dir, or end that one") from None
+        self.file.seek(0)
+        for number, line in enumerate(self.file if step is not None else (), 1):
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(f"{path}: line {number} is none of a run's: move the file away") from None
+            kept += len(line)
+        self.file.truncate(kept)
 
     def write(self, **values) -> None:
-        self.file.write(json.dumps(values) + "\n")
+        self.file.write(json.dumps(values).encode() + b"\n")
         self.file.flush()
 
 
 def save_json(value, path: str | Path) -> None:
     """Write a value as JSON, one line for each item of its lists; an older file stays until it is whole."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".tmp")
     text = json.dumps(value, ensure_ascii=False).replace("}, {", "},\n {")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")

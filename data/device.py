@@ -24,8 +24,10 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, dtype=torch.float64, device=device).item()  # the angles are made in float64
+        if device.type == "cuda" and device.index:
+            torch.cuda.set_device(device)       # graphs are recorded on the current one
         return device
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ImportError):
         raise ValueError(f"--device {name!r} is not on this machine: give cpu, cuda or auto") from None
 
 

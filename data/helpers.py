@@ -77,6 +77,7 @@ class Helpers:
             self.pipes.append(here)
 
     def start(self, order: Any) -> None:
+        """Give all processes an order. ValueError if one has ended."""
         for pipe in self.pipes:
             try:
                 pipe.send(order)
@@ -110,12 +111,13 @@ class Helpers:
             pipe.close()
         for process in self.processes:
             process.join(10)
-            process.kill()                                      # none that still works on a step is awaited
+            process.kill()                                      # that still works on a step
             process.join()
         self.pipes, self.processes = [], []
 
     @staticmethod
     def gone() -> ValueError:
+        """What to raise for a process that has ended."""
         return ValueError("a process that helps in training has ended (memory?): --processes 1 needs none")
 
 

@@ -18,7 +18,7 @@ from random import Random
 from data.babilong import Builder
 from data.background import BOUNDARY
 from data.checkpoint import load_checkpoint
-from data.cli import Parser, one_line
+from data.cli import Parser, one_line, replacing
 from data.document import Document, from_text, length_name, parse_length
 from data.heatmaps import draw_read, draw_write
 from data.metrics import column, pooled, share, wilson
@@ -52,14 +52,9 @@ def figure(out: str):
 
 def save(fig, out: str) -> None:
     """Draw into the file `out`; one that is there stays whole until the new one is complete."""
-    partial = Path(out + ".tmp")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")      # a sign that the font lacks becomes a box
-            fig.savefig(partial, format=Path(out).suffix[1:].lower())
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(out) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")      # a sign that the font lacks becomes a box
+        fig.savefig(partial, format=Path(out).suffix[1:].lower())
 
 
 def label(name: str) -> str:

@@ -8,6 +8,7 @@ is refused, so that no table ever mixes two. Writes the file that it is given.
 import json
 from pathlib import Path
 
+from data.cli import replacing
 from data.metrics import LABELS
 
 KINDS = dict(model=str, task=str, length=int, i=int, memory=str, question=str, target=str, output=str,
@@ -81,9 +82,8 @@ def load(path: str | Path) -> list[dict]:
 
 def save(rows: list[dict], path: Path) -> None:
     """Write rows to `path`; a file that is there is replaced only when the new one is complete."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
 
 
 class Predictions:
@@ -109,9 +109,8 @@ class Predictions:
                 raise ValueError(f"{path} has answers of {new['model']} without their settings: give another "
                                  "--out, or --again to replace all in it")
         if len(whole) < len(lines):
-            partial = path.with_name(path.name + ".tmp")
-            partial.write_bytes(b"".join(whole))
-            partial.replace(path)
+            with replacing(path) as partial:
+                partial.write_bytes(b"".join(whole))
         self.file = open(path, "a", encoding="utf-8")
         self.add([], [dict(settings=s) for s in settings if s.keys() - known.get(s["model"], {}).keys()])
 

@@ -59,27 +59,36 @@ FIVE = "qa1,qa2,qa2,qa3,qa3,qa4,qa5,qa5"                    # what is learned sl
 RELATIONS = "2:0@qa4 2:4:32@qa4 2:8:64@qa4 2:16:64@qa4"     # its documents have few answers: late, alone
 FIVE_STAGES = f"{FIRST} {each('4:0 8:0', FIVE)} {CARRY} {each('8:4:32 30:0 30:8:64 100:16', FIVE)}"
 LATE = "qa1,qa2,qa2,qa3,qa3,qa3,qa3,qa4,qa4,qa4,qa5,qa5,qa5"
+TEN_TASKS = " ".join(f"qa{i}" for i in range(1, 11))
 TEN = "qa1,qa2,qa2,qa3,qa3,qa4,qa4,qa5,qa5,qa6,qa7,qa7,qa8,qa9,qa10"
 TEN_LATE = "qa1,qa2,qa2,qa3,qa3,qa3,qa3,qa4,qa4,qa5,qa5,qa5,qa6,qa7,qa7,qa8,qa8,qa9,qa10"
 WHOLE = dict(whole=True, table_lengths="0k 1k 2k 4k", table_n=100)     # its long documents take long
 ALL = dict(final_tokens=4_000_000_000)  # a Llama's few stages end early, and its tokens shall be as many
 QA1 = ALL | dict(tokens=8_000_000)      # as LM2's, of whose three seeds this is the median
+CPU_HOURS = dict(preset="cpu-hours", decay=0.55, leave_plain_at=0.93, plain=0.4, asides=4, batch_tokens=8192,
+                 eval_every=8_000_000, **ALL)
 
-RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, "llama" or "full": what those change}
+RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, a kind of model: what it changes}
     "qa1": {            # minutes on two CPU cores: train.py's defaults
         "": dict(preset="cpu"),
         "llama": dict(stages="2:0 4:0 10:0 10:1", **QA1),
         "full": dict(stages="2:0 4:0 10:0 10:1:128 10:2:128 10:4:128 10:8:128 10:16:128", **WHOLE, **QA1)},
     "qa1-5": {          # hours
-        "": dict(preset="cpu-hours", tasks="qa1 qa2 qa3 qa4 qa5", tokens=90_000_000, decay=0.55, lr=1.4e-3,
-                 leave_plain_at=0.93, plain=0.4, asides=4, batch_tokens=8192, eval_every=8_000_000, **ALL,
-                 stages=f"{FIVE_STAGES} {RELATIONS} 100:32@{LATE}"),
+        "": CPU_HOURS | dict(tasks="qa1 qa2 qa3 qa4 qa5", tokens=90_000_000, lr=1.4e-3,
+                             stages=f"{FIVE_STAGES} {RELATIONS} 100:32@{LATE}"),
         "rmt": dict(lr=7e-4, stages=f"{FIVE_STAGES} 100:32@{LATE}"),
         "llama": dict(lr=7e-4, stages=f"{FIRST} {each('4:0 8:0 30:0 30:1', FIVE)} 100:1@{LATE}"),
         "full": dict(lr=7e-4, stages=f"{FIRST} {each('4:0 8:0 30:0 30:4:128', FIVE)} 100:8:128@{LATE}",
                      **WHOLE)},
+    "qa1-10-hours": {   # hours, all ten: qa1-5's knobs, fewer tokens and shorter documents
+        "": CPU_HOURS | dict(tasks=TEN_TASKS, tokens=60_000_000, lr=7e-4, stage_steps=1000, table_n=100,
+                             table_lengths="0k 1k 2k 4k 8k",
+                             stages=f"{FIRST} {each('4:0 8:0', TEN)} {CARRY} "
+                                    f"{each('8:4:32 30:0 30:8:64', TEN)} 100:16@{TEN_LATE}"),
+        "llama": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 30:1', TEN)} 100:1@{TEN_LATE}"),
+        "full": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 30:4:128', TEN)} 100:8:128@{TEN_LATE}", **WHOLE)},
     "qa1-10": {         # 18 minutes of one GPU
-        "": dict(preset="gpu", tasks=" ".join(f"qa{i}" for i in range(1, 11)), tokens=4_000_000_000, **ALL,
+        "": dict(preset="gpu", tasks=TEN_TASKS, tokens=4_000_000_000, **ALL,
                  total_minutes=18.0, decay=0.5, lr=5e-4, leave_at=0.9, leave_plain_at=0.91, stage_steps=1200,
                  usual=0.98, plain=0.3, asides=4, batch_size=64, batch_tokens=98_304, accumulate=1,
                  compile=True, workers=5, eval_every=150_000_000, eval_n=8,

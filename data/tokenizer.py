@@ -7,7 +7,6 @@ the train part of the background (data/background.py); the words of bAbI are giv
 """
 
 import base64
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from pathlib import Path
 import tiktoken
 
 from data import background
-from data.cli import Parser
+from data.cli import Parser, replacing
 
 # A token lies within one piece: a word or a run of signs, with the space before it; one digit; or white
 # space. So the sentences of a text, each but the first with its space, give the tokens of the whole.
@@ -160,7 +159,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True,
                         help="rank file to write; all training takes data/bpe_2048.tiktoken")
     args = parser.parse_args(argv)
-    temporary = Path(f"{args.out}.tmp")  # an older file outlives any failure
     try:
         documents = background.documents(args.background)
         texts = {part: "\n".join(map(" ".join, background.split(documents, part)))
@@ -168,11 +166,9 @@ def main(argv: list[str] | None = None) -> None:
         tokens = train(Counter(re.findall(PATTERN, texts["train"])), WORDS, args.vocab_size - 1)
         ranks = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
         tokenizer = Tokenizer(ranks)
-        temporary.write_text(ranks, encoding="ascii", newline="\n")
-        os.replace(temporary, args.out)
+        with replacing(args.out) as partial:
+            partial.write_text(ranks, encoding="ascii", newline="\n")
     except OSError as error:
-        if temporary.is_file():
-            temporary.unlink()
         parser.error(f"cannot read or write {error.filename} ({error.strerror}): name another")
     except ValueError as error:
         parser.error(str(error))

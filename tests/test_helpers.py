@@ -213,6 +213,17 @@ def test_processes_must_divide_the_micro_batches(capsys, folder, tmp_path, proce
     assert f"--processes {processes} must divide --accumulate 3" in err
 
 
+def test_processes_given_on_resuming_must_divide_the_micro_batches_of_the_checkpoint(
+        capsys, folder, tmp_path):  # noqa: F811
+    trainer = make(folder, tmp_path, "--accumulate", "3")
+    trainer.save(), trainer.close()
+    again = ["--resume", "--out_dir", str(tmp_path), "--processes"]
+    assert "--processes 2 must divide --accumulate 3" in refused(capsys, train.main, *again, "2")
+    resumed = train.Trainer(*train.read_flags([*again, "3"]))
+    assert resumed.processes == 3
+    resumed.close()
+
+
 @pytest.mark.parametrize("threads, accumulate, processes", [
     (1, 2, 1), (2, 2, 2), (2, 4, 2), (4, 4, 4), (3, 4, 1), (8, 2, 1)])
 def test_by_default_a_process_for_each_thread_or_one_with_them_all(

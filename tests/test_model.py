@@ -407,6 +407,14 @@ def test_a_little_forgetting_in_every_segment_is_not_rounded_away_under_bfloat16
 
 
 @torch.no_grad()
+def test_a_segment_opened_under_bfloat16_is_read_on_without_it():
+    model, idx = build(dtype=torch.float32), text(2, 2 * S)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, _, state = model(idx[:, :S + 2])
+    near(model(idx[:, S + 2:], state=state)[0], model(idx)[0][:, S + 2:], 0.05)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("length", [1, 5, 64])
 def test_with_equal_scores_a_slot_leaves_two_fifths_unwritten_whatever_the_segment_length(length):
     model = LM2(LM2Config(**{**SMALL, "segment_len": length}))
@@ -871,7 +879,7 @@ def test_a_configuration_that_cannot_work_is_refused_by_name_and_value(change, n
     (lambda m: m(text(2, 4).float()), "float32"),
     (lambda m: m(text(2, 4).int()), "int32"),
     (lambda m: m(text(2, 4)[0]), r"\(4,\)"),
-    (lambda m: m(text(2, 0)), r"\(2, 0\)"),
+    (lambda m: m(text(2, 0)), r"\(2, 0\)"), (lambda m: m(text(2, S)[:0]), rf"\(0, {S}\)"),
     (lambda m: m(text(3, 4), state=m(text(2, 4))[2]), "3 rows.* 2"),
     (lambda m: m(text(2, 4), state=LM2(replace(m.cfg, n_mem_layer=1)).initial_state(2)), "None.*, not .*16"),
     (lambda m: m(text(2, 4), state=LM2(replace(m.cfg, n_layer=3)).initial_state(2)), "2 rows: 3, not 2"),
@@ -883,10 +891,10 @@ def test_a_configuration_that_cannot_work_is_refused_by_name_and_value(change, n
     (lambda m: m(text(2, 4), segment_len=S + 1), f"segment_len {S + 1}"),
     (lambda m: m(text(2, 4), segment_len=0), "segment_len 0"),
     (lambda m: m.read(text(2, 0)), r"\(2, 0\)"),
-    (lambda m: m.generate(text(2, 0), 3), r"\(2, 0\)"),
-], ids=["float", "int32", "one_row", "no_token", "other_batch", "less_memory", "more_blocks",
+    (lambda m: m.generate(text(2, 0), 3), r"\(2, 0\)"), (lambda m: m.generate(text(1, 4)[0], 3), r"\(4,\)"),
+], ids=["float", "int32", "one_row", "no_token", "no_row", "other_batch", "less_memory", "more_blocks",
         "longer_segments", "keep", "keep_none", "keep_targets",
-        "targets_turned", "segment_too_long", "segment_0", "read_nothing", "generate_nothing"])
+        "targets_turned", "segment_too_long", "segment_0", "read_nothing", "generate_nothing", "generate_one_row"])
 def test_a_call_that_cannot_work_is_refused_by_value(call, named):
     with pytest.raises(ValueError, match=named):
         call(build())
