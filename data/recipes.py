@@ -7,6 +7,7 @@ its documents are one segment (window) or whole (full attention), and shorter th
 the same, padding included (of qa1-5's last stage 13 % with LM2, 63 with the window Llama, 20 with the full
 one, which have 4, 12 and 10 tokens of answers in 1,000), of qa1-10 the minutes. So are learning rates, but of
 qa1-5, where LM2 alone gets through the first stages at its own; at half of it all do, LM2 with less qa4.
+qa1-10-hours is all ten tasks at the size, and at that lower rate, of qa1-5.
 
 qa1, tried on one or two seeds (leads, not laws), slower or without an end: no curriculum (it never leaves
 "some recent room"); no --asides; 4 blocks; 2 blocks of width 64 or 128; 4 heads of width 16; RoPE base
