@@ -260,6 +260,7 @@ def test_saved_and_resumed_half_way_it_ends_bit_for_bit_as_a_run_in_one_go(folde
     first.save()
     kept = snapshot(first)
     kept = dict(kept, model={k: v.clone() for k, v in kept["model"].items()})
+    first.close()
     second = train.Trainer(*train.read_flags(["--resume", "--out_dir", str(tmp_path / "b")]))
     assert same_tensors(snapshot(second), kept)
     assert second.c == first.c and second.model.cfg == first.model.cfg
@@ -336,9 +337,11 @@ def test_what_is_evaluated_and_for_how_long_may_change_on_resuming(folder, tmp_p
 def test_how_it_is_computed_may_change_on_resuming(folder, tmp_path):
     flags = ["--tokens", "100000", "--stages", "3:2", "--plain", "0"]
     straight = advance(make(folder, tmp_path / "a", *flags), 3)
-    advance(make(folder, tmp_path / "b", *flags), 1).save()
+    trainer = advance(make(folder, tmp_path / "b", *flags), 1)
+    trainer.save()
     again = ["--resume", "--out_dir", str(tmp_path / "b"), "--workers", "1"]
     for more in (["--recompute"], ["--compile"], ["--compile", "--recompute"]):
+        trainer.close()
         trainer = train.Trainer(*train.read_flags([*again, *more]))
         assert trainer.c.recompute is ("--recompute" in more) and trainer.c.compile is ("--compile" in more)
         assert all(bool(layer.fast) == trainer.c.compile for layer in trainer.model.layers)
@@ -363,7 +366,7 @@ def test_validation_and_workers_decide_nothing(fit, short, tmp_path, flags):
 
 
 def test_the_seed_decides_the_weights_and_the_data(folder, tmp_path):
-    first, again, other = (make(folder, tmp_path, "--seed", seed) for seed in "001")
+    first, again, other = (make(folder, tmp_path / name, "--seed", seed) for name, seed in zip("abc", "001"))
     weights = [t.model.state_dict() for t in (first, again, other)]
     assert same_tensors(weights[0], weights[1]) and not same_tensors(weights[0], weights[2])
     documents = [next(t.batches).idx for t in (first, again, other)]
