@@ -9,6 +9,7 @@ the numbers of their supporting lines. The same seed gives the same bytes. Readi
 """
 
 import argparse
+import contextlib
 import os
 import random
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from data.babi_puzzles import PUZZLES, Puzzle
 from data.babi_world import WORLD, Event, Question, Story, Task
-from data.cli import Parser
+from data.cli import Parser, replacing
 
 TASKS: dict[str, Task | Puzzle] = {f"qa{n}": (WORLD | PUZZLES)[f"qa{n}"] for n in range(1, 21)}
 OBJECT_TASKS = {"qa1", "qa2", "qa3", "qa6", "qa8"}      # can be asked where objects are taken and put down
@@ -114,16 +115,9 @@ def decoded(file: Path) -> str:
 def write_stories(name: str, stories: int, seed: int, path: str | Path | None) -> None:
     """Stories of a task into a file, or to standard output; an older file outlives any failure."""
     task, rng = TASKS[name], random.Random(seed)
-    partial = 1 if path is None else f"{path}.tmp"  # 1: standard output
-    try:
-        with open(partial, "w", encoding="utf-8", newline="\n", closefd=partial != 1) as file:
+    with contextlib.nullcontext(1) if path is None else replacing(path) as target:      # 1: standard output
+        with open(target, "w", encoding="utf-8", newline="\n", closefd=target != 1) as file:
             file.writelines(format_story(task.story(rng), task) for _ in range(stories))
-        if path is not None:
-            os.replace(partial, path)
-    except OSError:
-        if path is not None and os.path.isfile(partial):
-            os.unlink(partial)
-        raise
 
 
 def whole(text: str) -> int:

@@ -12,7 +12,6 @@ import collections
 import hashlib
 import http.client
 import json
-import os
 import sys
 import time
 import urllib.error
@@ -22,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.cli import Parser, one_line
+from data.cli import Parser, one_line, replacing
 from data.published import FIELDS, parse_json, parse_samples
 
 REVISION = "ee0d588794c7ac098062ee0d247c733d62e94fe2"
@@ -138,17 +137,10 @@ def get_cell(source: Source, task: str, length: str, bar: tqdm) -> bytes:
 
 def save(path: Path, sums: Path, raw: bytes) -> None:
     """Write a file and its checksum, each whole or not at all. OSError if that cannot be."""
-    parts = {Path(f"{path}.tmp"): raw,
-             Path(f"{sums}.tmp"): f"{hashlib.sha256(raw).hexdigest()}  {path.name}\n".encode()}
-    try:
-        for part, content in parts.items():
-            part.write_bytes(content)
+    with replacing(sums) as checksum, replacing(path) as part:      # the last one takes its place first
+        part.write_bytes(raw)
+        checksum.write_bytes(f"{hashlib.sha256(raw).hexdigest()}  {path.name}\n".encode())
         sums.unlink(missing_ok=True)  # if this ends half-way, no checksum is better than the old one
-        for part, target in zip(parts, (path, sums)):
-            os.replace(part, target)
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
 
 
 def obtain(path: Path, source: Source, task: str, length: str) -> str:

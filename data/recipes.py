@@ -62,6 +62,7 @@ FIVE_STAGES = f"{FIRST} {each('4:0 8:0', FIVE)} {CARRY} {each('8:4:32 30:0 30:8:
 LATE = "qa1,qa2,qa2,qa3,qa3,qa3,qa3,qa4,qa4,qa4,qa5,qa5,qa5"
 TEN_TASKS = " ".join(f"qa{i}" for i in range(1, 11))
 TEN = "qa1,qa2,qa2,qa3,qa3,qa4,qa4,qa5,qa5,qa6,qa7,qa7,qa8,qa9,qa10"
+TEN_FIRST = f"{FIRST} {each('4:0 8:0', TEN)} {CARRY}"
 TEN_LATE = "qa1,qa2,qa2,qa3,qa3,qa3,qa3,qa4,qa4,qa5,qa5,qa5,qa6,qa7,qa7,qa8,qa8,qa9,qa10"
 WHOLE = dict(whole=True, table_lengths="0k 1k 2k 4k", table_n=100)     # its long documents take long
 ALL = dict(final_tokens=4_000_000_000)  # a Llama's few stages end early, and its tokens shall be as many
@@ -84,8 +85,7 @@ RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, a kind o
     "qa1-10-hours": {   # hours, all ten: qa1-5's knobs, fewer tokens and shorter documents
         "": CPU_HOURS | dict(tasks=TEN_TASKS, tokens=60_000_000, lr=7e-4, stage_steps=1000, table_n=100,
                              table_lengths="0k 1k 2k 4k 8k",
-                             stages=f"{FIRST} {each('4:0 8:0', TEN)} {CARRY} "
-                                    f"{each('8:4:32 30:0 30:8:64', TEN)} 100:16@{TEN_LATE}"),
+                             stages=f"{TEN_FIRST} {each('8:4:32 30:0 30:8:64', TEN)} 100:16@{TEN_LATE}"),
         "llama": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 30:1', TEN)} 100:1@{TEN_LATE}"),
         "full": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 30:4:128', TEN)} 100:8:128@{TEN_LATE}", **WHOLE)},
     "qa1-10": {         # 18 minutes of one GPU
@@ -93,7 +93,7 @@ RECIPES: dict[str, dict[str, dict]] = {     # recipe -> {"": its knobs, a kind o
                  total_minutes=18.0, decay=0.5, lr=5e-4, leave_at=0.9, leave_plain_at=0.91, stage_steps=1200,
                  usual=0.98, plain=0.3, asides=4, batch_size=64, batch_tokens=98_304, accumulate=1,
                  compile=True, workers=5, eval_every=150_000_000, eval_n=8,
-                 stages=f"{FIRST} {each('4:0 8:0', TEN)} {CARRY} {each('8:4:32 30:0 110:0 30:8:64', TEN)} "
+                 stages=f"{TEN_FIRST} {each('8:4:32 30:0 110:0 30:8:64', TEN)} "
                         + each("150:16:128 150:8:512 150:16", TEN_LATE)),
         "llama": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 110:0', TEN)} 150:1@{TEN_LATE}"),
         "full": dict(stages=f"{FIRST} {each('4:0 8:0 30:0 110:0 30:8:64', TEN)} 150:8:512@{TEN_LATE}",

@@ -894,7 +894,8 @@ def test_a_configuration_that_cannot_work_is_refused_by_name_and_value(change, n
     (lambda m: m.generate(text(2, 0), 3), r"\(2, 0\)"), (lambda m: m.generate(text(1, 4)[0], 3), r"\(4,\)"),
 ], ids=["float", "int32", "one_row", "no_token", "no_row", "other_batch", "less_memory", "more_blocks",
         "longer_segments", "keep", "keep_none", "keep_targets",
-        "targets_turned", "segment_too_long", "segment_0", "read_nothing", "generate_nothing", "generate_one_row"])
+        "targets_turned", "segment_too_long", "segment_0", "read_nothing", "generate_nothing",
+        "generate_one_row"])
 def test_a_call_that_cannot_work_is_refused_by_value(call, named):
     with pytest.raises(ValueError, match=named):
         call(build())
