@@ -1,459 +1,836 @@
-"""LM2, a Llama-style decoder with a gated memory bank in every block (Large Memory Models, arXiv 2502.06049).
+"""LM2: a Llama with a gated memory in every block (Large Memory Models, arXiv 2502.06049).
 
     python train.py                    # train the small default model (CPU, minutes), writes out/
-    python sample.py --prompt "..."    # read a prompt of any length with it, answer
+    python sample.py --prompt "..."    # let it read a prompt of any length and answer
 
-This file is the whole model; it writes nothing. A document is read one *segment* at a time by an ordinary
-Llama whose self-attention sees that segment only. Beside it every block keeps a bank of N memory slots:
-tokens READ what earlier segments left, a complete segment WRITES once: a token costs the same at any length.
+A document is cut into *segments* of S tokens. Self-attention never crosses a segment's border. What
+came before lives in a bank of N slots, one bank for each block. The tokens of a segment READ the
+bank that they find. When the next segment begins, the tokens of the full one WRITE to the bank,
+once. So the cost of a token does not grow with the document.
 
-    code               paper              meaning
-    B, T, S, G         -, T, -, -         batch, tokens of input and segment (`segment_len`), whole segments
-    D, H, KV, L        d, -, -, -         model width, query heads, key/value heads (GQA), blocks
-    N, HM              N, -               memory slots of a block, heads of the memory cross-attention
-    E                  E_t                normalised tokens entering the memory module, (B, T, D)
-    M                  M_t                the bank of one block, (B, N, D); t counts segments
-    wq wk wv           W^Q W^K W^V        cross-attention of tokens and slots, D x D
-    w_out w_in w_forget  same             output, input and forget gate, D x D + bias
-    w_write            -                  candidate content, D x D: the paper has none
-    null               -                  score of "this segment is nothing to this slot", one a head: ours
-Where the paper is silent or its shapes do not fit, a comment says `paper silent:` or `differs from paper:`.
+The latest segment of a document is the *open* one: it is not written yet, even when it is full.
+Writing so late has three merits. The last segment of a document is never written for nothing, the
+padding after it reaches no bank, and it does not matter in how many calls a document is read. A new
+document begins with new banks. Gradients flow through all of its segments.
+
+    B, T          documents of a batch, tokens of a call
+    G, S          segments of a call, tokens of a segment (`segment_len`)
+    D, L          model width, blocks
+    H, KV         query heads, key/value heads of self-attention
+    N, HM         memory slots of a block, heads of the memory's cross-attention
+    M             the bank of one block, (B, N, D): M_t in the paper
+    E             the normalised token stream that enters a memory, (B, G, S, D): E_t in the paper
+    Q, K, V       of a memory: queries of tokens, keys and values of slots (self-attention: q, k, v)
+    A             how much each token reads from each slot, (B, G, HM, S, N)
+    R             how much each slot takes from each token and from the null, (B, HM, N, S+1)
+    candidates    what each token offers to the slots; C is what a slot takes of them, (B, N, D)
+    g_out, g_in, g_forget    the paper's gates of output, input and forgetting
+    null          the score of "nothing here concerns this slot": ours, one for each head
+
+Where the paper is silent or its shapes do not fit, a comment begins with `paper silent:` or
+`differs from paper:`. `RMT`, the baseline with memory tokens, shares all parts but the memory.
 """
+
+import functools
 import math
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
 
-@dataclass(frozen=True)
+@dataclass
 class LM2Config:
-    vocab_size: int = 2048              # tokens in the vocabulary
-    n_layer: int = 4                    # L, blocks
-    n_head: int = 8                     # H, query heads of self-attention
-    n_kv_head: int = 8                  # KV, key/value heads; fewer than n_head is GQA
-    n_embd: int = 64                    # D, model width
-    ffn_dim: int = 176                  # inner width of the SwiGLU MLP
-    segment_len: int = 128              # S, tokens in a segment: the attention window
-    n_slot: int = 16                    # N, memory slots of a block
-    n_mem_head: int = 8                 # HM, heads of the memory cross-attention
-    n_mem_layer: int | None = None      # first n blocks with memory (paper Fig. 5); None: all, 0: plain Llama
-    n_mem_token: int = 0                # K, memory tokens of an RMT (arXiv 2207.06881), which has no banks
-    rope_theta: float = 10000.0         # base of the rotary angles
-    rope_scaling: dict | None = None    # Llama-3.x: slower long waves; its four keys as in data/recipes.py
-    norm_eps: float = 1e-5              # added to the mean square in RMSNorm
-    tie_embeddings: bool = False        # output head = token embedding
+    """The sizes of a model. Raises ValueError for sizes that do not fit each other."""
+
+    vocab_size: int = 2048  # tokens in the vocabulary
+    n_layer: int = 4  # L, decoder blocks
+    n_head: int = 8  # H, query heads of self-attention
+    n_kv_head: int = 8  # KV, key/value heads; fewer than n_head is grouped-query attention
+    n_embd: int = 64  # D, model width
+    ffn_dim: int = 176  # inner width of the SwiGLU MLP
+    segment_len: int = 128  # S, tokens in a segment, which are all that self-attention sees
+    n_slot: int = 16  # N, memory slots of a block
+    n_mem_head: int = 8  # HM, heads of the memory's cross-attention
+    n_mem_layer: int | None = None  # the first n blocks have a memory; None: all, 0: plain Llama
+    n_mem_token: int = 0  # memory tokens of an RMT (arXiv 2207.06881), which has no banks
+    rope_theta: float = 10000.0  # base of the rotary angles
+    rope_scaling: dict | None = None  # Llama 3's slower long waves: the four keys of its config
+    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    tie_embeddings: bool = False  # the output head is the token embedding
 
     @property
     def kind(self) -> str:
-        """What it is a model of: "lm2", "rmt" or "llama"."""
-        return "lm2" if self.n_mem_layer else "rmt" if self.n_mem_token else "llama"
+        """What these sizes describe: "lm2", "rmt" or "llama"."""
+        if self.n_mem_layer:
+            return "lm2"
+        return "rmt" if self.n_mem_token else "llama"
 
     def __post_init__(self):
         if self.n_mem_layer is None:
-            object.__setattr__(self, "n_mem_layer", 0 if self.n_mem_token else self.n_layer)
-        for key in "vocab_size n_layer n_head n_kv_head n_embd ffn_dim segment_len n_slot n_mem_head".split():
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} is {getattr(self, key)}: it must be at least 1")
-        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
-            raise ValueError(f"n_head {self.n_head} does not divide n_embd {self.n_embd} into heads of even "
-                             "width (RoPE turns pairs): choose n_embd a multiple of 2 * n_head")
+            self.n_mem_layer = 0 if self.n_mem_token else self.n_layer
+        sizes = "vocab_size n_layer n_head n_kv_head n_embd ffn_dim segment_len n_slot n_mem_head"
+        for name in sizes.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(
+                f"n_head {self.n_head} does not divide n_embd {self.n_embd} into heads of even "
+                "width (RoPE turns pairs of channels): choose n_embd a multiple of 2 * n_head"
+            )
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
         if not 0 <= self.n_mem_layer <= self.n_layer:
-            raise ValueError(f"n_mem_layer {self.n_mem_layer} must lie between 0 and n_layer {self.n_layer}")
-        if self.n_mem_token < 0 or self.n_mem_token and self.n_mem_layer:
-            raise ValueError(f"n_mem_token {self.n_mem_token} must be at least 0, and 0 where n_mem_layer is "
-                             f"{self.n_mem_layer}: a model has banks or memory tokens")
+            raise ValueError(
+                f"n_mem_layer {self.n_mem_layer} must lie between 0 and n_layer {self.n_layer}"
+            )
+        if self.n_mem_token < 0:
+            raise ValueError(f"n_mem_token {self.n_mem_token} must be at least 0")
+        if self.n_mem_token and self.n_mem_layer:
+            raise ValueError(
+                f"n_mem_token {self.n_mem_token} and n_mem_layer {self.n_mem_layer}: "
+                "a model has memory tokens or banks, set one of the two to 0"
+            )
         if self.n_mem_layer and self.n_embd % self.n_mem_head:
             raise ValueError(f"n_mem_head {self.n_mem_head} does not divide n_embd {self.n_embd}")
         if self.n_mem_layer and self.n_slot > self.n_embd:
-            raise ValueError(f"n_slot {self.n_slot} is more than n_embd {self.n_embd}: the identity has no "
-                             "more rows, and slots that start alike stay alike")
-        if not (self.rope_theta > 0 < self.norm_eps):
-            raise ValueError(f"rope_theta {self.rope_theta} and norm_eps {self.norm_eps} must be above 0")
-        want = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-        if self.rope_scaling is not None and (missing := want - set(self.rope_scaling)):
-            raise ValueError(f"rope_scaling lacks {', '.join(sorted(missing))}")
+            raise ValueError(
+                f"n_slot {self.n_slot} is more than n_embd {self.n_embd}: slots start as rows of "
+                "the identity, and slots that start alike stay alike"
+            )
+        if self.rope_theta <= 0 or self.norm_eps <= 0:
+            raise ValueError(
+                f"rope_theta {self.rope_theta} and norm_eps {self.norm_eps} must be above 0"
+            )
+        if self.rope_scaling is not None:
+            needed = "factor low_freq_factor high_freq_factor original_max_position_embeddings"
+            for name in needed.split():
+                if name not in self.rope_scaling:
+                    raise ValueError(f"rope_scaling lacks {name}: it needs {needed}")
 
 
 @dataclass
-class BlockState:
-    """What one block carries. Of the open (unfinished) segment the first `fill` rows count (RMT: K more)."""
-    k: Tensor                   # (B, S, KV, D/H) keys of the open segment, already rotated; RMT: S + 2 K rows
-    v: Tensor                   # (B, S, KV, D/H)
-    bank: Tensor | None = None  # (B, N, D) its M, or None; differs from paper: t counts segments, not blocks
-    bank_k: Tensor | None = None  # (B, N, D) keys and values of M, made when a segment opens token by token
-    bank_v: Tensor | None = None  # (B, N, D)
-    q: Tensor | None = None     # (B, S, D) queries of the open segment, kept for its write
-    c: Tensor | None = None     # (B, S, D) its gated candidates g_in * tanh(E w_write)
+class State:
+    """What has to be kept between two calls on one document: a value that comes out of a call and
+    goes into the next one. Its size does not grow with the document.
 
+    Its tensors are never changed in place, so a state can be gone on from many times."""
 
-@dataclass
-class LM2State:
-    """All a document leaves behind after any number of tokens: a value of fixed size, passed in and out."""
-    blocks: list[BlockState]
-    segment_len: int            # S, that of this document
-    mem: Tensor | None = None   # (B, K, D) the memory tokens of an RMT that the open segment began with
-    fill: int = 0               # tokens in the open segment, 0 <= fill < S
-    owned: bool = False         # True: nobody keeps an older state, so the buffers may be overwritten
+    # What the open segment finds. For LM2: the bank of each block, (B, N, D), None for a block
+    # without a memory. For RMT: a list of one tensor, its memory tokens (B, n_mem_token, D).
+    # differs from paper: each block keeps a bank of its own, and M_t counts segments, not blocks
+    carried: list[Tensor | None]
+    # The ids of the open segment, (B, n_open), 1 <= n_open <= S once a token was read. The next
+    # call reads them again, and writes them if its tokens go beyond this segment.
+    open_ids: Tensor
+    segment_len: int  # S of this document
 
-    def map(self, f: Callable[[Tensor], Tensor]) -> "LM2State":
-        """The same state with f of every tensor: cut off from the graph, or some rows of the batch."""
-        cut = [BlockState(**{n: t if t is None else f(t) for n, t in vars(b).items()}) for b in self.blocks]
-        return LM2State(cut, self.segment_len, self.mem if self.mem is None else f(self.mem), self.fill)
+    def map(self, f: Callable[[Tensor], Tensor]) -> "State":
+        """A new state with f of every tensor, to pick rows of the batch or to change the device."""
+        carried = [None if tensor is None else f(tensor) for tensor in self.carried]
+        return State(carried, f(self.open_ids), self.segment_len)
 
-    def detach(self) -> "LM2State":
-        """For truncated back-propagation, the caller's decision."""
+    def detach(self) -> "State":
+        """The state cut off from the graph: back-propagation ends here."""
         return self.map(Tensor.detach)
 
 
 def rope_frequencies(cfg: LM2Config) -> tuple[float, ...]:
-    """The angle a position turns each pair of channels by, D/H/2 of them, Llama-3.x scaling included."""
+    """The angle by which a position turns each of the D/H/2 pairs of channels.
+
+    With `rope_scaling`, as in Llama 3.1: pairs that turn often within the original context keep
+    their frequency, pairs that turn seldom are slowed down by `factor`, and those in between are
+    blended."""
     width = cfg.n_embd // cfg.n_head
-    freq = [cfg.rope_theta ** (-i / width) for i in range(0, width, 2)]
-    if s := cfg.rope_scaling:  # long waves are slowed by `factor`, short ones kept, those between blended
-        turns = [s["original_max_position_embeddings"] * f / (2 * math.pi) for f in freq]
-        low, high = s["low_freq_factor"], s["high_freq_factor"]
-        keep = [min(1.0, max(0.0, (t - low) / (high - low))) for t in turns]
-        freq = [k * f + (1 - k) * f / s["factor"] for k, f in zip(keep, freq)]
-    return tuple(freq)
+    frequencies = [cfg.rope_theta ** (-channel / width) for channel in range(0, width, 2)]
+    if cfg.rope_scaling is None:
+        return tuple(frequencies)
+    low = cfg.rope_scaling["low_freq_factor"]
+    high = cfg.rope_scaling["high_freq_factor"]
+    scaled = []
+    for frequency in frequencies:
+        turns = cfg.rope_scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        kept = min(1.0, max(0.0, (turns - low) / (high - low)))
+        slowed = frequency / cfg.rope_scaling["factor"]
+        scaled.append(kept * frequency + (1 - kept) * slowed)
+    return tuple(scaled)
 
 
-@lru_cache(maxsize=None)
-@torch.inference_mode(False)
-def turn_table(freq: tuple[float, ...], length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """cos and sin of positions 0 .. length of a segment, (length, D/H/2, 2); made once, then read, by CUDA
-    graphs where it lies: never thrown away."""
-    angle = torch.arange(length, dtype=torch.float64)[:, None] * torch.tensor(freq, dtype=torch.float64)
-    return torch.stack((angle.cos(), angle.sin()), dim=-1).to(device, dtype)
+@functools.cache
+@torch.inference_mode(False)  # autograd would refuse a table that was made in inference mode
+def rotary_table(
+    frequencies: tuple[float, ...], length: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(cos, cos) and (-sin, sin) for each pair of channels at the positions 0 .. length - 1 of a
+    segment: two tensors of (length, D/H), as `rotate` takes them.
+
+    A table is never freed, as a recorded CUDA graph of a training step reads it where it lies."""
+    frequency = torch.tensor(frequencies, dtype=torch.float64)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    cos = torch.stack((angle.cos(), angle.cos()), dim=-1).flatten(-2)
+    signed_sin = torch.stack((-angle.sin(), angle.sin()), dim=-1).flatten(-2)
+    return cos.to(device, dtype), signed_sin.to(device, dtype)
 
 
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """RoPE, interleaved (Meta): angle i turns pair (2i, 2i+1). x (R, T, heads, width), turn (T, width/2, 2):
-    cos and sin. One complex product is one pass over x; the compiler, which has none, fuses the real one."""
-    pairs, turn = x.to(turn.dtype).unflatten(-1, (-1, 2)), turn[:, None]
-    if torch.compiler.is_compiling():
-        (a, b), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)
-        pairs = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
-    else:
-        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn))
-    return pairs.flatten(-2).to(x.dtype)
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """RoPE on x (..., n, D/H). Neighbouring channels are a pair (a, b), as in Meta's Llama, and
+    become (a cos - b sin, b cos + a sin)."""
+    cos, signed_sin = rope  # (n, D/H)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (..., n, D/H), (b, a) for (a, b)
+    return (x * cos + swapped * signed_sin).to(x.dtype)
 
 
-def store(buffer: Tensor, new: Tensor, fill: int, owned: bool) -> Tensor:
-    """`buffer` (B, S, ...) with `new` (B, n, ...) at fill .. fill + n; a copy unless the caller owns it."""
-    buffer = buffer if owned else buffer.clone()
-    buffer[:, fill:fill + new.shape[1]] = new
-    return buffer
+@dataclass
+class Cache:
+    """What `stream` keeps of one block, so that a new token need not run the open segment again."""
+
+    self_kv: (
+        tuple[Tensor, Tensor] | None
+    )  # k, v of its tokens, (B, KV, n, D/H) each; None: no token
+    bank_kv: tuple[Tensor, Tensor] | None  # K, V of the bank, (B, HM, N, D/HM); None: no memory
 
 
 class Attention(nn.Module):
-    """Causal self-attention inside one segment: RoPE, grouped key/value heads, no biases (Llama 3)."""
+    """Causal self-attention inside a segment, as in Llama 3: RoPE, grouped heads, no biases."""
+
     def __init__(self, cfg: LM2Config):
         super().__init__()
-        self.n_head, self.n_kv_head, self.width = cfg.n_head, cfg.n_kv_head, cfg.n_embd // cfg.n_head
+        self.width = cfg.n_embd // cfg.n_head
+        self.grouped = cfg.n_kv_head != cfg.n_head
         self.wq = nn.Linear(cfg.n_embd, cfg.n_head * self.width, bias=False)
-        self.wk, self.wv = (nn.Linear(cfg.n_embd, cfg.n_kv_head * self.width, bias=False) for _ in range(2))
+        self.wk = nn.Linear(cfg.n_embd, cfg.n_kv_head * self.width, bias=False)
+        self.wv = nn.Linear(cfg.n_embd, cfg.n_kv_head * self.width, bias=False)
         self.wo = nn.Linear(cfg.n_head * self.width, cfg.n_embd, bias=False)
 
-    def forward(self, x: Tensor, turn: Tensor, cache: tuple | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (R, T, D), rows independent -> output (R, T, D) and the keys and values, or with cache = (k, v,
-        fill, owned) the buffers with them stored behind the `fill` tokens that the segment already has."""
-        R, T, D = x.shape
-        q, k, v = (layer(x).unflatten(-1, (-1, self.width)) for layer in (self.wq, self.wk, self.wv))
-        q, k = rotate(q, turn), rotate(k, turn)                                 # (R, T, heads, D/H)
-        mask, fill, keys, values = None, 0, k, v
-        if cache is not None:
-            old_k, old_v, fill, owned = cache
-            k, v = store(old_k, k, fill, owned), store(old_v, v, fill, owned)
-        if fill:  # one token sees all that is there
-            keys, values = k[:, :fill + T], v[:, :fill + T]
-            mask = torch.ones(T, fill + T, dtype=torch.bool, device=x.device).tril(fill) if T > 1 else None
-        q, keys, values = (t.transpose(1, 2).to(q.dtype) for t in (q, keys, values))
-        if x.device.type == "cpu" and self.width < 16 and T > 64:  # zeros that make narrow heads faster there
-            q, keys, values = (F.pad(t, (0, 16 - self.width)) for t in (q, keys, values))
-        y = F.scaled_dot_product_attention(                                     # (R, H, T, D/H)
-            q, keys, values, attn_mask=mask, is_causal=fill == 0, scale=self.width ** -0.5,
-            enable_gqa=self.n_head != self.n_kv_head)[..., :self.width]
-        return self.wo(y.transpose(1, 2).reshape(R, T, D)), k, v
+    def heads(self, x: Tensor) -> Tensor:
+        """(rows, n, heads * D/H) -> (rows, heads, n, D/H)"""
+        return x.unflatten(-1, (-1, self.width)).transpose(1, 2)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """x (B*G, S, D), segments that do not see each other -> (B*G, S, D)."""
+        q, k, v = self.project(x, rope)
+        return self.attend(q, k, v, causal=True)
+
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x (rows, n, D) -> q (rows, H, n, D/H), k and v (rows, KV, n, D/H)."""
+        q = rotate(self.heads(self.wq(x)), rope)
+        k = rotate(self.heads(self.wk(x)), rope)
+        v = self.heads(self.wv(x))
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        """q (rows, H, n, D/H), k and v (rows, KV, m, D/H) of all m tokens that may be seen ->
+        (rows, n, D)."""
+        width = self.width
+        if width < 16 and q.shape[2] > 64 and q.device.type == "cpu":
+            # Heads this narrow run faster padded to 16 channels: 14 % less for a training step.
+            q = F.pad(q, (0, 16 - width))
+            k = F.pad(k, (0, 16 - width))
+            v = F.pad(v, (0, 16 - width))
+        y = F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, enable_gqa=self.grouped, scale=width**-0.5
+        )
+        return self.wo(y[..., :width].transpose(1, 2).flatten(-2))
+
+    def next_tokens(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
+        """x (B, n, D) -> (B, n, D), and the cache has them too: all tokens of the open segment, or
+        a single one that comes after those in the cache."""
+        q, k, v = self.project(x, rope)
+        is_first = cache.self_kv is None
+        if not is_first:
+            assert x.shape[1] == 1, "the causal mask has no offset"
+            earlier_k, earlier_v = cache.self_kv
+            k = torch.cat((earlier_k, k), dim=2)
+            v = torch.cat((earlier_v, v), dim=2)
+        cache.self_kv = (k, v)
+        return self.attend(q, k, v, causal=is_first)
 
 
 class Memory(nn.Module):
-    """The memory of one block (paper section 2): read by cross-attention, gated, written once a segment."""
+    """The memory of one block (paper, section 2): tokens read its slots, segments write them."""
+
     def __init__(self, cfg: LM2Config):
         super().__init__()
         D = cfg.n_embd
-        self.n_head, self.width = cfg.n_mem_head, D // cfg.n_mem_head
-        self.token_norm, self.bank_norm = nn.RMSNorm(D, cfg.norm_eps), nn.RMSNorm(D, cfg.norm_eps)
-        self.wq, self.wk, self.wv, self.w_write = (nn.Linear(D, D, bias=False) for _ in range(4))
-        self.w_out, self.w_in, self.w_forget = (nn.Linear(D, D, bias=True) for _ in range(3))
-        # paper silent: a slot may decline a segment; with S equal scores about 0.4 of it stays unwritten.
+        self.n_head = cfg.n_mem_head
+        self.token_norm = nn.RMSNorm(D, cfg.norm_eps)
+        self.bank_norm = nn.RMSNorm(D, cfg.norm_eps)
+        self.wq = nn.Linear(D, D, bias=False)  # W^Q in the paper
+        self.wk = nn.Linear(D, D, bias=False)
+        self.wv = nn.Linear(D, D, bias=False)
+        self.w_write = nn.Linear(D, D, bias=False)  # ours
+        self.w_out = nn.Linear(D, D)
+        self.w_in = nn.Linear(D, D)
+        self.w_forget = nn.Linear(D, D)
+        # paper silent: a slot may decline a segment, by giving its weight to the null. Where all
+        # tokens score 0, the null takes 0.38 of a slot, at any `segment_len` of the model.
         self.null = nn.Parameter(torch.full((cfg.n_mem_head,), math.log(cfg.segment_len) - 0.5))
 
-    def record(self, **seen: Tensor) -> None:
-        """Nothing: `recording` in data/heatmaps.py puts a function here that collects weights and gates."""
-
     def heads(self, x: Tensor) -> Tensor:
-        """(R, n, D) -> (R, HM, n, D/HM)"""
-        return x.unflatten(-1, (self.n_head, self.width)).transpose(1, 2)
+        """(..., n, D) -> (..., HM, n, D/HM)"""
+        return x.unflatten(-1, (self.n_head, -1)).transpose(-3, -2)
 
-    def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The token side: x (R, T, D) -> queries and gated candidates, each (R, T, D)."""
-        E = self.token_norm(x)                    # paper silent: the query is the stream after self-attention
-        g_in = torch.sigmoid(self.w_in(E))                                      # Eq. (4), a token, a channel
+    def merge(self, x: Tensor) -> Tensor:
+        """(..., HM, n, D/HM) -> (..., n, D)"""
+        return x.transpose(-3, -2).flatten(-2)
+
+    def forward(self, x: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, G, S, D) and the bank M (B, N, D) that the first segment finds -> E_gated
+        (B, G, S, D), to be added to x, and the bank that the last segment finds, (B, N, D)."""
+        E = self.token_norm(x)  # paper silent: E is the stream after self-attention
+        Q = self.queries(E)  # (B, G, HM, S, D/HM)
+        candidates = self.candidates(E[:, :-1])  # (B, G-1, HM, S, D/HM): the last stays open
+        banks = [M]  # the bank that each segment finds
+        # Only this loop is sequential. All else handles G segments at once.
+        full_segments = zip(Q[:, :-1].unbind(1), candidates.unbind(1), strict=True)
+        for Q_of_one, candidates_of_one in full_segments:
+            M = self.write(M, Q_of_one, candidates_of_one)
+            banks.append(M)
+        K, V = self.keys_and_values(torch.stack(banks, dim=1))  # (B, G, HM, N, D/HM) each
+        return self.read(Q, K, V), M
+
+    def queries(self, E: Tensor) -> Tensor:
+        """E (..., S, D) -> Q (..., HM, S, D/HM). By it tokens find slots to read, and slots find
+        tokens to take from."""
+        return self.heads(self.wq(E))
+
+    def candidates(self, E: Tensor) -> Tensor:
+        """What each token offers to the slots: E (..., S, D) -> (..., HM, S, D/HM)."""
+        g_in = torch.sigmoid(self.w_in(E))  # Eq. (4)  (..., S, D)
         self.record(g_in=g_in)
-        # differs from paper: tanh(E w_write), not tanh(E_mem), which only tells what slots they read
-        return self.wq(E), g_in * torch.tanh(self.w_write(E))
+        # differs from paper: its tanh(E_mem) mixes what the slots hold already, and tells of the
+        # token only which slots it read
+        return self.heads(g_in * torch.tanh(self.w_write(E)))
+
+    def write(self, M: Tensor, Q: Tensor, candidates: Tensor) -> Tensor:
+        """M (B, N, D), Q and candidates of one segment (B, HM, S, D/HM) -> the next M (B, N, D)."""
+        K = self.heads(self.wk(self.normed(M)))  # (B, HM, N, D/HM)
+        scores = K @ Q.mT / math.sqrt(Q.shape[-1])  # (B, HM, N, S): those of the read, turned round
+        null = self.null[:, None, None].expand(*scores.shape[:-1], 1)  # (B, HM, N, 1)
+        # differs from paper: Eqs. (5), (6) add T x d to a bank of N x d. R pools S tokens into N
+        # slots: a softmax over tokens and the null, where the read has one over slots.
+        R = torch.cat((scores, null), dim=-1).softmax(dim=-1, dtype=M.dtype)  # (B, HM, N, S+1)
+        taken = R[..., :-1].to(candidates.dtype) @ candidates  # (B, HM, N, D/HM)
+        share = 1 - R[..., -1:]  # (B, HM, N, 1): what the null has left is written anew
+        C = self.merge(taken)  # (B, N, D)
+        w = self.merge(share.expand_as(taken))  # (B, N, D), the same for all channels of a head
+        g_forget = torch.sigmoid(self.w_forget(C))  # Eq. (5)  (B, N, D), 1 keeps what is there
+        self.record(R=R, g_forget=g_forget)
+        # differs from paper: a slot forgets in proportion to w, and keeps all where w is 0
+        return C + (1 - w * (1 - g_forget)) * M  # Eq. (6)  (B, N, D)
+
+    def keys_and_values(self, M: Tensor) -> tuple[Tensor, Tensor]:
+        """M (..., N, D) -> K and V (..., HM, N, D/HM)."""
+        normed = self.normed(M)
+        return self.heads(self.wk(normed)), self.heads(self.wv(normed))
+
+    def normed(self, M: Tensor) -> Tensor:
+        """The bank, normalised, in the dtype of the weights; M itself is at least float32."""
+        return self.bank_norm(M.to(self.bank_norm.weight.dtype))
 
     def read(self, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
-        """Q (R, T, D), K and V (R, N, D) of the bank carried INTO the segment -> E_gated (R, T, D)."""
-        scores = self.heads(Q) @ self.heads(K).mT / math.sqrt(self.width)       # Eq. (1)   (R, HM, T, N)
-        A = scores.softmax(dim=-1).to(V.dtype)  # differs from paper: no causal mask, slots hold only the past
-        E_mem = (A @ self.heads(V)).transpose(1, 2).flatten(-2)                 # (R, T, D)
-        g_out = torch.sigmoid(self.w_out(E_mem))                                # Eq. (2)
+        """Q (..., HM, S, D/HM), K and V (..., HM, N, D/HM) -> E_gated (..., S, D)."""
+        # differs from paper: no causal mask is needed, as slots hold earlier segments only
+        scores = Q @ K.mT / math.sqrt(Q.shape[-1])  # (..., HM, S, N)
+        A = scores.softmax(dim=-1).to(V.dtype)  # Eq. (1)  over slots; autocast makes float32 of it
+        E_mem = self.merge(A @ V)  # (..., S, D)
+        g_out = torch.sigmoid(self.w_out(E_mem))  # Eq. (2)  (..., S, D)
         self.record(A=A, g_out=g_out)
-        return g_out * E_mem                                          # Eq. (3); differs from paper: g_out * M
+        # differs from paper: its g_out * M multiplies T x d by N x d
+        return g_out * E_mem  # Eq. (3)  (..., S, D)
 
-    def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor) -> Tensor:
-        """M and its keys K (B, N, D), queries Q and candidates c (B, S, D) of a whole segment -> next M."""
-        scores = self.heads(K) @ self.heads(Q).mT / math.sqrt(self.width)       # (B, HM, N, S)
-        null = self.null.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
-        R = torch.cat((scores, null), dim=-1).softmax(dim=-1, dtype=M.dtype)          # (B, HM, N, S+1)
-        # differs from paper: Eq. (6) adds T x d to a bank of N x d; R, the read turned round, maps T to N
-        C = (R[..., :-1].to(c.dtype) @ self.heads(c)).transpose(1, 2)           # (B, N, HM, D/HM)
-        g_forget = torch.sigmoid(self.w_forget(C.flatten(-2))).view_as(C).to(M.dtype)  # Eq. (5), slot/channel
-        w = 1 - R[..., -1:].transpose(1, 2).to(M.dtype)                         # (B, N, HM, 1) share written
-        # differs from paper: forgetting in proportion to w, so what no segment concerns is kept exactly
-        M = C.to(M.dtype) + (1 - w * (1 - g_forget)) * M.view_as(C)             # Eq. (6)
-        self.record(R=R, g_forget=g_forget.flatten(-2))
-        return M.flatten(-2)
+    def next_tokens(self, x: Tensor, cache: Cache) -> Tensor:
+        """x (B, n, D), tokens of the open segment, which only read -> E_gated (B, n, D)."""
+        K, V = cache.bank_kv
+        return self.read(self.queries(self.token_norm(x)), K, V)
 
-    def step(self, M: Tensor, Q: Tensor, c: Tensor, write: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """One segment: the bank carried into it -> norm(M), K (B, N, D) to read by, and the next bank."""
-        g = self.bank_norm.weight.to(M.dtype)       # banks are float32 where the weights are bfloat16
-        seen = F.rms_norm(M, g.shape, g, self.bank_norm.eps).to(self.wk.weight.dtype)
-        K = self.wk(seen)
-        return seen, K, self.write(M, K, Q, c) if write else M
+    def record(self, **weights_and_gates: Tensor) -> None:
+        """A hook that does nothing. Who draws the memory replaces it and collects what it gets."""
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x), (..., D) -> (..., D)."""
+    """The SwiGLU MLP: w2(silu(w1 x) * w3 x)."""
+
     def __init__(self, cfg: LM2Config):
         super().__init__()
-        D, inner = cfg.n_embd, cfg.ffn_dim
-        self.w1, self.w2, self.w3 = (nn.Linear(*x, bias=False) for x in ((D, inner), (inner, D), (D, inner)))
+        self.w1 = nn.Linear(cfg.n_embd, cfg.ffn_dim, bias=False)
+        self.w2 = nn.Linear(cfg.ffn_dim, cfg.n_embd, bias=False)
+        self.w3 = nn.Linear(cfg.n_embd, cfg.ffn_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)"""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):
-    """One decoder block: self-attention, memory, MLP, each behind a norm and added to the stream."""
+    """One decoder block: self-attention, memory and MLP, each added to the token stream."""
+
     def __init__(self, cfg: LM2Config, has_memory: bool):
         super().__init__()
-        self.attention_norm, self.ffn_norm = (nn.RMSNorm(cfg.n_embd, cfg.norm_eps) for _ in range(2))
-        self.attention, self.feed_forward = Attention(cfg), FeedForward(cfg)
+        # Keep this order: it decides which random numbers each weight starts with.
+        self.attention_norm = nn.RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.ffn_norm = nn.RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.attention = Attention(cfg)
+        self.feed_forward = FeedForward(cfg)
         self.memory = Memory(cfg) if has_memory else None
-        self.fast = None        # before, memory.step and after, compiled (data/device.py)
 
-    def before(self, x: Tensor, turn: Tensor, cache: tuple | None) -> tuple:
-        """x (R, T, D) -> x after self-attention, its keys and values, the memory's queries and candidates."""
-        h, k, v = self.attention(self.attention_norm(x), turn, cache)
-        x = x + h
-        return x, k, v, *((None, None) if self.memory is None else self.memory.tokens(x))
-
-    def after(self, x: Tensor, Q: Tensor | None, K: Tensor | None, V: Tensor | None) -> Tensor:
-        """Read the bank by its keys and values, then the MLP."""
+    def forward(
+        self, x: Tensor, M: Tensor | None, rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (B, G, S, D) and the bank M (B, N, D) that the first segment finds -> x (B, G, S, D)
+        and the bank that the last segment finds."""
+        rows = self.attention_norm(x).flatten(0, 1)  # (B*G, S, D)
+        x = x + self.attention(rows, rope).view_as(x)
         if self.memory is not None:
-            x = x + self.memory.read(Q, K, V)
+            from_memory, M = self.memory(x, M)
+            x = x + from_memory
+        x = x + self.feed_forward(self.ffn_norm(x))
+        return x, M
+
+    def next_tokens(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
+        """The same for x (B, n, D), the next tokens of the open segment, which never write. Whoever
+        changes the order in `forward` has to change it here too."""
+        x = x + self.attention.next_tokens(self.attention_norm(x), rope, cache)
+        if self.memory is not None:
+            x = x + self.memory.next_tokens(x, cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
-    def forward(self, x: Tensor, st: BlockState, fill: int, owned: bool, turn: Tensor, write: bool
-                ) -> tuple[Tensor, BlockState]:
-        """x (B, T, D): either G whole segments (fill 0) or a piece that fits into the open segment. Only the
-        slots' update runs segment by segment, all else in large products."""
-        (B, T, D), S, mem = x.shape, st.k.shape[1], self.memory
-        whole = fill == 0 and T % S == 0
-        fast = self.fast and whole and torch.is_grad_enabled()
-        before, step, after = self.fast if fast else (self.before, mem and mem.step, self.after)
-        x = x.reshape(-1, S if whole else T, D)                                 # (B*G, S, D): a row a segment
-        x, k, v, Q, c = before(x, turn, None if whole else (st.k, st.v, fill, owned))
-        if mem is None:
-            K, V, st = None, None, st if whole else replace(st, k=k, v=v)       # whole ones leave no cache
-        elif whole:
-            M, seen, keys = st.bank, [], []                                     # norm(M), K: one a segment
-            for q, cand in zip(*(t.unflatten(0, (B, -1)).unbind(1) for t in (Q, c))):       # (B, S, D)
-                was, key, M = (step if write else mem.step)(M, q, cand, write)
-                seen.append(was), keys.append(key)
-            K = torch.stack(keys, dim=1).flatten(0, 1)                          # (B*G, N, D)
-            V = mem.wv(torch.stack(seen, dim=1).flatten(0, 1))                  # (B*G, N, D)
-            st = replace(st, bank=M)
-        else:
-            if fill == 0:
-                seen, key, _ = mem.step(st.bank, Q, c, False)
-                st = replace(st, bank_k=key.to(st.k.dtype), bank_v=mem.wv(seen).to(st.k.dtype))
-            K, V, q, cand = st.bank_k, st.bank_v, store(st.q, Q, fill, owned), store(st.c, c, fill, owned)
-            M = mem.write(st.bank, K, q, cand) if write and fill + T == S else st.bank
-            st = replace(st, k=k, v=v, q=q, c=cand, bank=M)
-        return after(x, Q, K, V).view(B, T, D), st
+    def new_cache(self, M: Tensor | None) -> Cache:
+        """A cache without tokens, for an open segment that finds the bank M (B, N, D)."""
+        bank_kv = None if self.memory is None else self.memory.keys_and_values(M)
+        return Cache(self_kv=None, bank_kv=bank_kv)
 
 
-class LM2(nn.Module):
-    """logits, loss, state = model(idx, targets, state); see `forward`. Parameter names as in Meta's Llama."""
+def choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """logits (B, V) -> ids (B,): the likeliest at temperature 0, otherwise drawn at random."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    below_top = logits - logits.amax(dim=-1, keepdim=True)  # a tiny temperature cannot overflow
+    probability = (below_top.double() / temperature).softmax(dim=-1)
+    return torch.multinomial(probability, 1, generator=generator)[:, 0]
+
+
+class Decoder(nn.Module):
+    """What LM2 and RMT share. Parameters are named as in Meta's Llama.
+
+    Each of the two adds `forward`, what is carried from segment to segment (`carried_shapes`,
+    `first_carried`), and what a stream begins with in a segment (`start_stream`)."""
+
     def __init__(self, cfg: LM2Config):
         super().__init__()
-        self.cfg, self.freq = cfg, rope_frequencies(cfg)  # numbers: a buffer would be rounded in .bfloat16()
+        self.cfg = cfg
+        self.frequencies = rope_frequencies(
+            cfg
+        )  # Python floats, as .bfloat16() would round a buffer
+        self.recompute = False  # activation checkpointing: less RAM, a third more work
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.layers = nn.ModuleList(Block(cfg, i < cfg.n_mem_layer) for i in range(cfg.n_layer))
-        self.mem_tokens = nn.Parameter(torch.empty(cfg.n_mem_token, cfg.n_embd)) if cfg.n_mem_token else None
+        self.layers = nn.ModuleList()
+        for i in range(cfg.n_layer):
+            self.layers.append(Block(cfg, has_memory=i < cfg.n_mem_layer))
         self.norm = nn.RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.output = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        self.init_weights()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of banks, angles and losses: the weights', but at least float32."""
-        return torch.promote_types(self.norm.weight.dtype, torch.float32)
 
     @torch.no_grad()
-    def init_weights(self):
-        """Normal weights of deviation 1/sqrt(fan-in); what adds to the stream is scaled by 1/sqrt(2 L)."""
+    def init_weights(self) -> None:
+        """Normal weights of standard deviation 1/sqrt(fan-in), times 1/sqrt(2 L) where the result
+        is added to the stream. (The memory has no output projection: its wv plays that part.)
+
+        A subclass calls it when all its parameters are there."""
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                into_stream = name.endswith((".attention.wo.weight", ".w2.weight", ".memory.wv.weight"))
-                p.normal_(std=p.shape[1] ** -0.5 * ((2 * self.cfg.n_layer) ** -0.5 if into_stream else 1))
-            elif name.endswith("bias"):
-                p.fill_(1.0 if "w_forget" in name else 0.0)            # forget gates start open at sigmoid(1)
-        self.tok_embeddings.weight.normal_()  # an input of unit size keeps its identity in the first blocks
-        if self.mem_tokens is not None:
-            self.mem_tokens.normal_()  # of the size of what takes its place, behind the last norm
-        self.output.weight.normal_(std=0.02)  # last: a tied table must start as a head
+                deviation = p.shape[1] ** -0.5
+                if name.endswith((".attention.wo.weight", ".w2.weight", ".memory.wv.weight")):
+                    deviation *= (2 * self.cfg.n_layer) ** -0.5
+                p.normal_(std=deviation)
+            elif name.endswith(".w_forget.bias"):
+                p.fill_(1.0)  # forget gates start open, at sigmoid(1)
+            elif name.endswith(".bias"):
+                p.zero_()
+        # Unit size, so that a token is still visible in the stream after the first blocks.
+        self.tok_embeddings.weight.normal_()
+        # Last: where the two are one table, it has to start as a head.
+        self.output.weight.normal_(std=0.02)
 
-    def initial_state(self, batch: int, segment_len: int | None = None) -> LM2State:
-        """The state before any token: empty caches, banks at M_0, rows of the identity, constant, in at least
-        float32. Training may shorten `segment_len`; ValueError for one longer than the model's."""
-        c, S = self.cfg, self.cfg.segment_len if segment_len is None else segment_len
-        if not 1 <= S <= c.segment_len:
-            raise ValueError(f"segment_len {S} must lie between 1 and the model's {c.segment_len}")
-        new, K = self.norm.weight.new_zeros, c.n_mem_token
-        kv = batch, S + 2 * K, c.n_kv_head, c.n_embd // c.n_head
-        M = torch.eye(c.n_slot, c.n_embd, dtype=self.dtype, device=self.norm.weight.device)  # M_0 (N, D);
-        blocks = [BlockState(k=new(kv), v=new(kv)) if b.memory is None else    # differs from paper: N x d x d
-                  BlockState(new(kv), new(kv), M.repeat(batch, 1, 1), *(
-                      new(batch, n, c.n_embd) for n in (c.n_slot, c.n_slot, S, S))) for b in self.layers]
-        mem = None if self.mem_tokens is None else self.mem_tokens.expand(batch, -1, -1)
-        return LM2State(blocks, S, mem)
-
-    def check_state(self, state: LM2State, rows: int, segment_len: int | None) -> None:
-        """ValueError for a state of another model, of another batch than `rows`, or of other segments."""
-        c, S = self.cfg, state.segment_len
-        kv = rows, S + 2 * c.n_mem_token, c.n_kv_head, c.n_embd // c.n_head
-        bank = rows, c.n_slot, c.n_embd
-        want = [len(self.layers), min(S, c.segment_len), *((kv, b.memory and bank) for b in self.layers)]
-        have = [len(state.blocks), S]
-        have += [(tuple(b.k.shape), None if b.bank is None else tuple(b.bank.shape)) for b in state.blocks]
-        if want != have:
-            has, needs = next(pair for pair in zip(have, want) if pair[0] != pair[1])
-            raise ValueError(f"the state is not of this model and {rows} rows: {has}, not {needs}")
-        if segment_len not in (None, S):
-            raise ValueError(f"segment_len {segment_len} with a state of {S}: a document keeps its own")
-
-    def forward(self, idx: Tensor, targets: Tensor | None = None, state: LM2State | None = None, *,
-                keep: str | Tensor = "all", segment_len: int | None = None, write: bool = True,
-                recompute: bool = False) -> tuple[Tensor, Tensor | None, LM2State]:
-        """idx (B, T) int64, B, T >= 1 [, targets (B, T), shifted, -1 = ignored] -> logits, loss, state.
-        state        what an earlier call returned for the tokens before these; None starts a document
-        keep         "all": logits (B, T, V); "last": (B, 1, V); "targets": (n, V), positions with a target;
-                     or the (n,) flat positions (row * T + column) themselves, which spares a GPU a wait
-        segment_len  shorter segments than the model's for a document that starts here (the curriculum)
-        write        False holds every bank at the value it came in with: the memory switched off
-        recompute    activation checkpointing: keep each block's input only, run it again for the gradient
-        Raises ValueError for an input of another shape or dtype, or of another batch than the state's."""
-        if idx.ndim != 2 or idx.dtype != torch.int64 or idx.numel() < 1:
-            raise ValueError(f"idx must be (B, T) int64 with B, T >= 1, not {tuple(idx.shape)} {idx.dtype}")
-        if targets is not None and targets.shape != idx.shape:
-            raise ValueError(f"targets are {tuple(targets.shape)}, not {tuple(idx.shape)} as idx")
-        if not isinstance(keep, Tensor) and keep not in ("all", "last", *["targets"] * (targets is not None)):
-            raise ValueError(f"keep is {keep!r}: it must be 'all', 'last' or, with targets, 'targets'")
-        state = state or self.initial_state(idx.shape[0], segment_len)  # paper silent: reset a document
-        self.check_state(state, idx.shape[0], segment_len)
-        S, T, fill, start, out = state.segment_len, idx.shape[1], state.fill, 0, []
-        blocks, mem, x = list(state.blocks), state.mem, self.tok_embeddings(idx)            # (B, T, D)
-        K = self.cfg.n_mem_token
-        turns = turn_table(self.freq, self.cfg.segment_len + 2 * K, self.dtype, x.device)
-        run = nn.Module.__call__ if not recompute else partial(  # nothing is random
-            checkpoint, use_reentrant=False, preserve_rng_state=False)
-        while start < T:  # pieces: the rest of the open segment, all whole segments at once, what is left
-            n = min(T - start, S - fill) if fill or K else (T - start) // S * S or T - start
-            piece, before, behind = x[:, start:start + n], K * (fill == 0), K * (write and fill + n == S)
-            if K:  # an RMT's segment: memory, tokens, and the memory again, which ends up as the next one
-                piece = torch.cat((mem[:, :before], piece, mem[:, :behind]), dim=1)
-            at = fill + K if fill else 0
-            turn = turns[at:at + min(piece.shape[1], S + 2 * K)]     # positions restart in every segment
-            for i, block in enumerate(self.layers):
-                piece, blocks[i] = run(block, piece, blocks[i], at, state.owned, turn, write)
-            out.append(piece[:, before:before + n])
-            mem = self.norm(piece[:, -behind:]) if behind else mem
-            start, fill = start + n, (fill + n) % S
-        x = out[0] if len(out) == 1 else torch.cat(out, dim=1)                  # (B, T, D)
-        if keep == "last":
-            x, targets = x[:, -1:], None if targets is None else targets[:, -1:]
-        elif isinstance(keep, Tensor) or keep != "all":
-            keep = keep if isinstance(keep, Tensor) else (targets.flatten() != -1).nonzero()[:, 0]
-            x, targets = x.flatten(0, 1)[keep], None if targets is None else targets.flatten()[keep]  # (n, D)
-        logits, loss = self.output(self.norm(x)), None
-        if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, -2).to(self.dtype), targets.flatten(), ignore_index=-1,
-                                   reduction="sum") / (targets != -1).sum().clamp(min=1)
-        return logits, loss, LM2State(blocks, S, mem, fill, state.owned)
-
-    @torch.no_grad()
-    def read(self, idx: Tensor, state: LM2State | None = None, write: bool = True,
-             tokens_a_call: int | None = None) -> tuple[Tensor, LM2State]:
-        """Read a document of any length at constant memory, by segments: idx (B, T) -> last logits (B, V)."""
-        state = state or self.initial_state(idx.shape[0])
-        tokens_a_call = tokens_a_call or (2**25 // self.cfg.n_embd if idx.is_cuda else 4096)  # GPUs want much
-        step = max(1, tokens_a_call // (idx.shape[0] * state.segment_len)) * state.segment_len
-        for at in range(-state.fill, max(1, idx.shape[-1]), step):  # once at least: it refuses an empty idx
-            logits, _, state = self(idx[..., max(0, at):at + step], state=state, keep="last", write=write)
-        return logits[:, -1], state
-
-    @torch.no_grad()
-    def stream(self, idx: Tensor, max_new_tokens: int, temperature: float = 0.0,
-               generator: torch.Generator | None = None, write: bool = True) -> Iterator[Tensor]:
-        """Read idx (B, T), then yield max_new_tokens ids (B,) in turn; temperature 0 takes the likeliest."""
-        logits, state = self.read(idx, write=write)
-        for i in range(max_new_tokens):
-            if temperature > 0:
-                p = ((logits - logits.amax(-1, keepdim=True)).double() / temperature).softmax(dim=-1)
-                new = torch.multinomial(p, 1, generator=generator)[:, 0]
-            else:
-                new = logits.argmax(dim=-1)
-            yield new
-            if i + 1 < max_new_tokens:
-                state.owned = True  # made here and seen by nobody else: no copy of the buffers for a token
-                logits, state = self.read(new[:, None], state, write)
-
-    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 0.0,
-                 generator: torch.Generator | None = None) -> Tensor:
-        """idx (B, T) -> (B, T + max_new_tokens)"""
-        new = self.stream(idx, max_new_tokens, temperature, generator)
-        return torch.cat([idx, *(ids[:, None] for ids in new)], dim=1)
+    @property
+    def precise_dtype(self) -> torch.dtype:
+        """The dtype of banks, angles and losses: that of the weights, but at least float32."""
+        return torch.promote_types(self.norm.weight.dtype, torch.float32)
 
     def n_params(self) -> tuple[int, int]:
         """(all parameters, those of the memory)"""
-        count = {n: p.numel() for n, p in self.named_parameters()}
-        return sum(count.values()), sum(k for n, k in count.items() if ".memory." in n or "mem_tokens" in n)
+        total = 0
+        memory = 0
+        for name, p in self.named_parameters():
+            total += p.numel()
+            if ".memory." in name or name == "mem_tokens":
+                memory += p.numel()
+        return total, memory
 
-    def optimizer_groups(self, weight_decay: float) -> list[dict]:
-        """Matrices decay; norms, biases and the null scores do not."""
-        return [dict(params=[p for p in self.parameters() if p.ndim >= 2], weight_decay=weight_decay),
-                dict(params=[p for p in self.parameters() if p.ndim < 2], weight_decay=0.0)]
+    def rope(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The rotary table of the positions start .. stop - 1 of a segment."""
+        longest = self.cfg.segment_len + 2 * self.cfg.n_mem_token
+        device = self.norm.weight.device
+        cos, signed_sin = rotary_table(self.frequencies, longest, self.precise_dtype, device)
+        return cos[start:stop], signed_sin[start:stop]
+
+    def initial_state(self, batch: int, segment_len: int | None = None) -> State:
+        """The state before any token. A document may have shorter segments than the model's, as in
+        training; ValueError for longer ones."""
+        if segment_len is None:
+            segment_len = self.cfg.segment_len
+        if not 1 <= segment_len <= self.cfg.segment_len:
+            longest = self.cfg.segment_len
+            raise ValueError(f"segment_len {segment_len} must lie between 1 and {longest}")
+        no_ids = torch.zeros(batch, 0, dtype=torch.int64, device=self.norm.weight.device)
+        return State(self.first_carried(batch), no_ids, segment_len)
+
+    def check_call(self, idx: Tensor, targets: Tensor | None, at: Tensor | None) -> None:
+        """ValueError for inputs of another shape or dtype than `forward` takes."""
+        if idx.ndim != 2 or idx.dtype != torch.int64 or idx.numel() == 0:
+            found = f"{tuple(idx.shape)} {idx.dtype}"
+            raise ValueError(f"idx must be (B, T) int64 with B, T >= 1, not {found}")
+        if at is not None and (at.ndim != 1 or at.dtype != torch.int64):
+            raise ValueError(f"at must be (n,) int64, not {tuple(at.shape)} {at.dtype}")
+        needed = idx.shape if at is None else at.shape
+        if targets is not None and targets.shape != needed:
+            raise ValueError(f"targets are {tuple(targets.shape)}, but must be {tuple(needed)}")
+
+    def checked_state(self, batch: int, state: State | None, segment_len: int | None) -> State:
+        """The state that a call goes on from, a new one for None. ValueError for one of another
+        model, batch or segment length."""
+        if state is None:
+            # paper silent: when banks start anew. Here they do with every document.
+            return self.initial_state(batch, segment_len)
+        if segment_len is not None and segment_len != state.segment_len:
+            raise ValueError(f"segment_len {segment_len}, but the document has {state.segment_len}")
+        if not 1 <= state.segment_len <= self.cfg.segment_len:
+            raise ValueError(
+                f"the state has segments of {state.segment_len} tokens, but this model allows "
+                f"{self.cfg.segment_len} at most"
+            )
+        found = [None if tensor is None else tuple(tensor.shape) for tensor in state.carried]
+        needed = self.carried_shapes(batch)
+        if found != needed:
+            raise ValueError(
+                f"the state carries {found}, but this model with a batch of {batch} needs {needed}"
+            )
+        rows, n_open = state.open_ids.shape
+        if rows != batch or n_open > state.segment_len:
+            raise ValueError(
+                f"the state has {n_open} open ids in {rows} rows, but this batch has {batch} rows "
+                f"and a segment {state.segment_len} tokens"
+            )
+        return state
+
+    def through_blocks(
+        self, x: Tensor, banks: list[Tensor | None], rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """x (B, G, S, D) and the bank that its first segment finds in each block -> x after the
+        last block, and the banks that the last segment finds."""
+        last_banks = []
+        for block, M in zip(self.layers, banks, strict=True):
+            if self.recompute and torch.is_grad_enabled():
+                # Keep only the block's input, and run the block again for the gradient.
+                x, M = recomputed(block, x, M, rope, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, M = block(x, M, rope)
+            last_banks.append(M)
+        return x, last_banks
+
+    def logits_and_loss(
+        self, x: Tensor, targets: Tensor | None, at: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (B, T, D) -> logits and loss, as `forward` returns them."""
+        if at is not None:
+            x = x.flatten(0, 1)[at]  # (n, D)
+        logits = self.output(self.norm(x))
+        if targets is None:
+            return logits, None
+        total = F.cross_entropy(
+            logits.flatten(0, -2).to(self.precise_dtype),
+            targets.flatten(),
+            ignore_index=-1,
+            reduction="sum",
+        )
+        n_targets = (targets != -1).sum()
+        return logits, total / n_targets.clamp(min=1)  # 0 where no token is asked for
+
+    @torch.no_grad()
+    def read(
+        self, idx: Tensor, state: State | None = None, segments_per_call: int | None = None
+    ) -> State:
+        """Read a document of any length in constant memory: idx (B, T) -> the state after it.
+
+        It is read in pieces of whole segments. By default a piece has about 4,096 tokens in all
+        rows together (more on a GPU), but at least 16 segments, as each call reads the open segment
+        again."""
+        self.check_call(idx, None, None)
+        state = self.checked_state(idx.shape[0], state, None)
+        if state.open_ids.shape[1] + idx.shape[1] <= state.segment_len:
+            # Nothing is to be written, and a state keeps only the ids of the open segment.
+            return State(state.carried, torch.cat((state.open_ids, idx), dim=1), state.segment_len)
+        if segments_per_call is None:
+            tokens = 4096
+            if idx.is_cuda:
+                tokens = 2**25 // self.cfg.n_embd  # 2**25 numbers in one (tokens, D) tensor
+            segments_per_call = max(16, tokens // (idx.shape[0] * state.segment_len))
+        no_logits = idx.new_zeros(0)
+        for piece in idx.split(segments_per_call * state.segment_len, dim=1):
+            _, _, state = self(piece, state=state, at=no_logits)  # `forward` of LM2 or RMT
+        return state
+
+    @torch.no_grad()
+    def stream(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        state: State | None = None,
+    ) -> Iterator[Tensor]:
+        """Read idx (B, T), then yield max_new_tokens ids, (B,) each, as they are made.
+
+        Within a segment only the new token goes through the blocks, thanks to a cache in each. At
+        the segment's end the caches are dropped, and one ordinary call reads the full segment again
+        and writes it: a write needs E of every token, and caches have none."""
+        state = self.read(idx, state)
+        x, caches = self.start_stream(state)
+        position = 0  # of the first token of x, in the open segment
+        for i in range(max_new_tokens):
+            rope = self.rope(position, position + x.shape[1])
+            for block, cache in zip(self.layers, caches, strict=True):
+                x = block.next_tokens(x, rope, cache)
+            logits = self.output(self.norm(x[:, -1]))  # (B, V)
+            new = choose(logits, temperature, generator)  # (B,)
+            yield new
+            if i + 1 == max_new_tokens:
+                return  # nobody asks what comes after the last one
+            segment_was_full = state.open_ids.shape[1] == state.segment_len
+            state = self.read(new[:, None], state)
+            if segment_was_full:  # `read` has written it, and the new token opens the next one
+                x, caches = self.start_stream(state)
+                position = 0
+            else:
+                position += x.shape[1]
+                x = self.tok_embeddings(new[:, None])  # (B, 1, D)
+
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        state: State | None = None,
+    ) -> Tensor:
+        """idx (B, T) -> (B, T + max_new_tokens): idx, and then the ids of `stream`."""
+        pieces = [idx]
+        for new in self.stream(idx, max_new_tokens, temperature, generator, state):
+            pieces.append(new[:, None])
+        return torch.cat(pieces, dim=1)
+
+
+class LM2(Decoder):
+    """logits, loss, state = model(idx, targets, state)
+
+    With `n_mem_layer=0` it is a Llama whose attention never crosses a segment's border."""
+
+    def __init__(self, cfg: LM2Config):
+        super().__init__(cfg)
+        if cfg.n_mem_token:
+            raise ValueError(f"n_mem_token {cfg.n_mem_token} makes an RMT: use RMT(cfg)")
+        self.init_weights()
+
+    def carried_shapes(self, batch: int) -> list[tuple[int, ...] | None]:
+        """(B, N, D) for each block that has a memory."""
+        bank = (batch, self.cfg.n_slot, self.cfg.n_embd)
+        return [None if block.memory is None else bank for block in self.layers]
+
+    def first_carried(self, batch: int) -> list[Tensor | None]:
+        """M_0 for each block that has a memory: rows of the identity, a constant."""
+        weight = self.norm.weight
+        # differs from paper: N x D, where the paper has N x d x d
+        M = torch.eye(
+            self.cfg.n_slot, self.cfg.n_embd, dtype=self.precise_dtype, device=weight.device
+        )
+        banks = []
+        for block in self.layers:
+            banks.append(None if block.memory is None else M.repeat(batch, 1, 1))
+        return banks
+
+    def start_stream(self, state: State) -> tuple[Tensor, list[Cache]]:
+        """The embeddings of the open segment, (B, n, D), and one new cache per block."""
+        caches = []
+        for block, M in zip(self.layers, state.carried, strict=True):
+            caches.append(block.new_cache(M))
+        return self.tok_embeddings(state.open_ids), caches
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        state: State | None = None,
+        at: Tensor | None = None,
+        segment_len: int | None = None,
+    ) -> tuple[Tensor, Tensor | None, State]:
+        """idx (B, T) int64, any T >= 1 -> logits (B, T, V), loss, the state after the last token.
+
+        targets      (B, T) int64, already shifted, -1 where no token is asked for. The loss is the
+                     mean over the others, 0 if there are none, and None without targets.
+        state        what an earlier call returned for the tokens before these. None starts a
+                     document. Going on token by token is right but slow, as each call reads the
+                     open segment again: `stream` keeps a cache for that.
+        at           (n,) int64, the flat positions row * T + column whose logits are wanted. Then
+                     logits are (n, V), and targets (n,).
+        segment_len  shorter segments than the model's, for a document that starts here.
+        Raises ValueError for inputs and states that do not fit."""
+        self.check_call(idx, targets, at)
+        state = self.checked_state(idx.shape[0], state, segment_len)
+        n_open = state.open_ids.shape[1]
+        ids = torch.cat((state.open_ids, idx), dim=1)
+        n_ids = ids.shape[1]  # n_open + T
+        S = min(state.segment_len, n_ids)  # a single segment need not be filled up
+        # Fill up the last segment. Nothing depends on the padding: self-attention is causal, and
+        # the last segment is not written.
+        n_padding = -n_ids % S
+        x = self.tok_embeddings(F.pad(ids, (0, n_padding)))  # (B, G*S, D)
+        x = x.unflatten(1, (-1, S))  # (B, G, S, D)
+        x, banks = self.through_blocks(x, state.carried, self.rope(0, S))
+        open_start = (n_ids - 1) // S * S
+        # The ids are copied: a view would keep the whole document alive.
+        after = State(banks, ids[:, open_start:].clone(), state.segment_len)
+        x = x.flatten(1, 2)[:, n_open:n_ids]  # (B, T, D)
+        logits, loss = self.logits_and_loss(x, targets, at)
+        return logits, loss, after
+
+
+class RMT(Decoder):
+    """The Recurrent Memory Transformer (arXiv 2207.06881), a baseline.
+
+    Memory vectors, `n_mem_token` of them, are put before and after the tokens of a segment. The
+    outputs of those after, normed, are the memory of the next segment. Attention is
+    causal, so tokens see only those before."""
+
+    def __init__(self, cfg: LM2Config):
+        super().__init__(cfg)
+        if cfg.n_mem_token < 1:
+            raise ValueError(f"n_mem_token {cfg.n_mem_token} must be at least 1 for an RMT")
+        self.mem_tokens = nn.Parameter(torch.empty(cfg.n_mem_token, cfg.n_embd))
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        super().init_weights()
+        self.mem_tokens.normal_()  # the size of the normed outputs that take its place
+
+    def carried_shapes(self, batch: int) -> list[tuple[int, ...] | None]:
+        """(B, n_mem_token, D), once."""
+        return [(batch, self.cfg.n_mem_token, self.cfg.n_embd)]
+
+    def first_carried(self, batch: int) -> list[Tensor | None]:
+        """The learned first memory, (B, n_mem_token, D)."""
+        return [self.mem_tokens.repeat(batch, 1, 1)]
+
+    def start_stream(self, state: State) -> tuple[Tensor, list[Cache]]:
+        """The memory and the embeddings of the open segment, (B, n_mem_token + n, D), and one new
+        cache per block."""
+        (memory,) = state.carried
+        x = torch.cat((memory, self.tok_embeddings(state.open_ids)), dim=1)
+        return x, [block.new_cache(None) for block in self.layers]
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        state: State | None = None,
+        at: Tensor | None = None,
+        segment_len: int | None = None,
+    ) -> tuple[Tensor, Tensor | None, State]:
+        """As LM2's, but segments are read one after another."""
+        self.check_call(idx, targets, at)
+        state = self.checked_state(idx.shape[0], state, segment_len)
+        (memory,) = state.carried
+        n_memory = self.cfg.n_mem_token
+        no_banks = [None] * len(self.layers)
+        ids = torch.cat((state.open_ids, idx), dim=1)
+        segments = ids.split(state.segment_len, dim=1)
+        outputs = []
+        for g, segment in enumerate(segments):
+            tokens = self.tok_embeddings(segment)  # (B, n, D)
+            is_last = g + 1 == len(segments)
+            if is_last:  # it stays open: no memory is wanted from it
+                x = torch.cat((memory, tokens), dim=1)
+            else:
+                x = torch.cat((memory, tokens, memory), dim=1)
+            x = x[:, None]  # (B, 1, n_memory + n (+ n_memory), D), for the blocks one segment
+            x, _ = self.through_blocks(x, no_banks, self.rope(0, x.shape[2]))
+            x = x[:, 0]
+            outputs.append(x[:, n_memory : n_memory + segment.shape[1]])
+            if not is_last:
+                memory = self.norm(x[:, -n_memory:])
+        after = State([memory], segments[-1].clone(), state.segment_len)
+        x = torch.cat(outputs, dim=1)[:, state.open_ids.shape[1] :]  # (B, T, D)
+        logits, loss = self.logits_and_loss(x, targets, at)
+        return logits, loss, after
+
+
+def build_model(cfg: LM2Config) -> LM2 | RMT:
+    """The model of these sizes: an RMT if they have memory tokens, otherwise an LM2."""
+    return RMT(cfg) if cfg.n_mem_token else LM2(cfg)
+
+
+CHECKPOINT_FORMAT = "lm2-checkpoint-1"
+
+
+def save_checkpoint(path: str | Path, model: LM2 | RMT, **content) -> None:
+    """Write the model and `content` to one file: tensors and plain values, such as
+    `tokenizer=tokenizer.ranks`.
+
+    A file at `path` is replaced only when the new one is complete. Raises OSError if that fails."""
+    everything = dict(
+        format=CHECKPOINT_FORMAT, config=asdict(model.cfg), model=model.state_dict(), **content
+    )
+    partial = Path(f"{path}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(everything, file)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        raise OSError(f"cannot write the checkpoint {path}: {error}") from None
+    finally:
+        if partial.is_file():
+            partial.unlink()
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[LM2 | RMT, dict]:
+    """The model of a file of `save_checkpoint`, on `device`, and everything that the file holds.
+
+    Loading never runs code from the file. Raises ValueError, in one line, for a file that is
+    missing, cut short, or of another format."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}: name another, or run python train.py")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (PermissionError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # a broken zip, pickle or tensor: torch has no common class for them
+        raise ValueError(f"{path} is cut short or no checkpoint: name another") from None
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(f"{path} is of another format than {CHECKPOINT_FORMAT}: name another")
+    try:
+        with torch.device(device):
+            model = build_model(LM2Config(**content["config"]))
+        model.load_state_dict(content["model"], strict=True)
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}: name another checkpoint") from None
+    except (AttributeError, TypeError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} does not fit this code: {reason}") from None
+    return model, content

@@ -23,18 +23,17 @@ from data import background
 from data.babi import TASKS
 from data.babilong import Builder
 from data.batches import Batches, Curriculum, Maker, Stage
-from data.checkpoint import load_checkpoint, save_checkpoint
 from data.cli import JsonLines, Parser, interrupts_kept, one_line
 from data.device import (CudaGraphs, bfloat16_layers, check_compiler, compile_blocks, keep_freed_memory,
-                         pick_device)
+                         pick_device, run_eager)
 from data.document import length_name, parse_length
 from data.helpers import Helpers, add_gradients, help_step
 from data.metrics import cells, table
 from data.predictions import save
 from data.recipes import PRESETS, knobs
 from data.samples import check_cells, generated
-from data.tokenizer import load
-from lm2 import LM2, LM2Config
+from data.tokenizer import load, of_checkpoint
+from lm2 import LM2, RMT, LM2Config, build_model, load_checkpoint, save_checkpoint
 
 QA1_STAGES = "2:0 4:0 10:0 4:2:32 4:3:32 10:4:32 10:8:32 10:16:64 10:16 10:32"
 
@@ -129,7 +128,7 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
     if (init := given.get("init")) and not resume:
         if wrong := sorted(sizes) or ["preset"] * ("preset" in given):
             raise ValueError(f"--init {init} has sizes of its own: leave --{wrong[0]} out")
-        model, _, content = load_checkpoint(init)
+        model, content = load_checkpoint(init)
         sizes, known = asdict(model.cfg), content.get("train", {}) | own
         known["preset"] = known["preset"] if known.get("preset") in PRESETS else None   # one of an older file
     own |= dict(processes=None) if resume else {}       # they must divide the checkpoint's --accumulate
@@ -137,15 +136,22 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
     return c, PRESETS[c.preset] | sizes, resume, given
 
 
-def add_gradient(model: LM2, c: TrainConfig, segment_len: int, write: bool, idx: Tensor, targets: Tensor,
+def optimizer_groups(model: LM2 | RMT, weight_decay: float) -> list[dict]:
+    """The parameters in two groups for AdamW: matrices decay, norms, biases and the null scores do not."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    return [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
+
+
+def add_gradient(model: LM2 | RMT, c: TrainConfig, segment_len: int, idx: Tensor, targets: Tensor,
                  keep: Tensor, words: Tensor) -> Tensor:
     """Add a micro-batch's gradient to the parameters'; of its answers' tokens (3,): loss, right, all. Nothing
     in it waits for the device."""
+    answers = targets.flatten()[keep]
     with torch.autocast("cuda", torch.bfloat16, idx.is_cuda and c.bfloat16 is not False):
-        logits, loss, _ = model(idx, targets, keep=keep, segment_len=segment_len, write=write,
-                                recompute=c.recompute)
+        logits, loss, _ = model(idx, answers, at=keep, segment_len=segment_len)
     (loss / c.accumulate).backward()
-    right = ((logits.argmax(-1) == targets.flatten()[keep]) & words).sum()
+    right = ((logits.argmax(-1) == answers) & words).sum()
     return torch.stack([loss.detach() / c.accumulate, right, words.sum()])
 
 
@@ -158,7 +164,8 @@ class Trainer:
         if resume:
             if fixed := sorted(set(given) - set(ANEW)):
                 raise ValueError(f"--resume takes --{fixed[0]} from the checkpoint: leave that flag out")
-            self.model, self.tokenizer, saved = load_checkpoint(self.ckpt)
+            self.model, saved = load_checkpoint(self.ckpt)
+            self.tokenizer = of_checkpoint(saved, self.ckpt)
             if not {"train", "optimizer", "recent", "progress"} <= set(saved):
                 raise ValueError(f"{self.ckpt} holds a model but no training to resume")
             if odd := {f.name for f in fields(TrainConfig)} ^ set(saved["train"]):
@@ -170,11 +177,12 @@ class Trainer:
         elif self.ckpt.exists():
             raise ValueError(f"{self.ckpt} is there already: go on with --resume, or give another --out_dir")
         elif c.init:
-            self.model, self.tokenizer, _ = load_checkpoint(c.init)
+            self.model, content = load_checkpoint(c.init)
+            self.tokenizer = of_checkpoint(content, c.init)
         else:
             self.tokenizer = load()
             torch.manual_seed(c.seed)
-            self.model = LM2(LM2Config(**sizes | dict(vocab_size=self.tokenizer.n_vocab)))
+            self.model = build_model(LM2Config(**sizes | dict(vocab_size=self.tokenizer.n_vocab)))
         self.c, self.device = c, pick_device(c.device)
         if c.compile:
             check_compiler(self.device)
@@ -194,7 +202,8 @@ class Trainer:
         self.model.to(self.device)
         if self.device.type == "cpu" and c.bfloat16:
             bfloat16_layers(self.model)
-        self.optimizer = torch.optim.AdamW(self.model.optimizer_groups(c.weight_decay), lr=c.lr,
+        self.model.recompute = c.recompute
+        self.optimizer = torch.optim.AdamW(optimizer_groups(self.model, c.weight_decay), lr=c.lr,
                                            betas=(0.9, c.beta2), fused=True)
         self.step, self.tokens, self.seconds, self.asked = 0, 0, 0.0, []
         self.end = min(c.tokens, c.final_tokens) if self.course.last else c.tokens
@@ -229,7 +238,7 @@ class Trainer:
         """Write the checkpoint. ValueError for a gradient that was not finite, OSError for a full disk."""
         if self.pending:
             self.collect()
-        save_checkpoint(self.ckpt, self.model, self.tokenizer, train=asdict(self.c),
+        save_checkpoint(self.ckpt, self.model, tokenizer=self.tokenizer.ranks, train=asdict(self.c),
                         optimizer=self.optimizer.state_dict(), recent=list(self.course.recent),
                         progress=[self.step, self.tokens, self.end, self.course.at, self.course.steps,
                                   self.seconds])
@@ -302,8 +311,9 @@ class Trainer:
         samples, work = generated(self.val_set, seed), [(t, x, n) for t in self.tasks for x in lengths]
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads[0])  # the helpers wait meanwhile
-        rows = sum(evaluate(self.model, self.tokenizer, samples, work, modes,
-                            name=self.model.cfg.kind, show=show), [])
+        with run_eager():
+            rows = sum(evaluate(self.model, self.tokenizer, samples, work, modes,
+                                name=self.model.cfg.kind, show=show), [])
         torch.set_num_threads(before)
         return rows
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 from data.batches import Batch, Maker, Stage
-from data.device import compile_blocks
+from data.device import compile_blocks, is_compiled
 
 
 def add_gradients(model: nn.Module, batches: Iterator[Batch], stage: Stage, n: int, c: Any,
@@ -35,7 +35,7 @@ def add_gradients(model: nn.Module, batches: Iterator[Batch], stage: Stage, n: i
         S = T if c.whole else min(S, T)     # what is shorter than a segment is a whole one, and the last
         if S > model.cfg.segment_len:
             raise ValueError(f"--whole: a document of '{stage}' has {T} tokens: give a longer --segment_len")
-        sums += run(model, c, S, T > S, *batch[:4])
+        sums += run(model, c, S, *batch[:4])
     return tokens, batch.longest, sums
 
 
@@ -43,7 +43,7 @@ def help_step(rank: int, model: nn.Module, order: tuple[Stage, int], maker: Make
               run: Callable[..., torch.Tensor]) -> tuple[int, bool, list[float]]:
     """A helper's share of a step: of its micro-batches every `processes`-th, from `rank` on."""
     stage, first = order
-    if c.compile and model.layers[0].fast is None:
+    if c.compile and not is_compiled(model):
         compile_blocks(model)
     mine = range(first + rank, first + c.accumulate, processes)
     tokens, longest, sums = add_gradients(model, (maker[stage, i][1] for i in mine), stage, len(mine), c,

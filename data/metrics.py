@@ -176,7 +176,7 @@ def pooled(figures: list[dict], n_key: str, hits_key: str) -> tuple[float, float
 
 NOTES = ["[ , ]: Wilson's 95 % interval. floor: the best constant answer on these samples.",
          "outside the window: all needed facts lie before the last segment. Memory off:",
-         "banks held at their initial value. other: the bank of another document."]
+         "every segment is a document of its own. other: the memory of another document."]
 
 
 def table(figures: list[dict], metrics: Iterable[str] = ("exact", "official")) -> str:

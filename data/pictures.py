@@ -17,13 +17,13 @@ from random import Random
 
 from data.babilong import Builder
 from data.background import BOUNDARY
-from data.checkpoint import load_checkpoint
 from data.cli import Parser, one_line, replacing
 from data.document import Document, from_text, length_name, parse_length
 from data.heatmaps import draw_read, draw_write
 from data.metrics import column, pooled, share, wilson
 from data.seeds import by_column, choose, load_figures, merged, pick
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, of_checkpoint
+from lm2 import load_checkpoint
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; in grey the markers and lines differ
 STYLES = [dict(color=c, marker=m, linestyle=s) for c, m, s in (
@@ -166,7 +166,8 @@ def document(tokenizer: Tokenizer, args) -> Document:
 
 def memory(fig, args) -> None:
     """Draw what is read from or written to the memory of a checkpoint."""
-    model, tokenizer, _ = load_checkpoint(args.ckpt)
+    model, content = load_checkpoint(args.ckpt)
+    tokenizer = of_checkpoint(content, args.ckpt)
     draw = draw_read if args.picture == "read" else draw_write
     draw(fig, model.eval(), tokenizer, document(tokenizer, args), args.layer, args.head)
 

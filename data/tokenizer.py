@@ -101,6 +101,21 @@ def load(path: str | Path | None = None) -> Tokenizer:
         raise ValueError(f"tokenizer {path}: {why}; make or copy it again") from None
 
 
+def of_checkpoint(content: dict, path: str | Path) -> Tokenizer:
+    """The tokenizer whose ranks a checkpoint holds; ValueError names a file without one that fits its model."""
+    if "tokenizer" not in content:
+        raise ValueError(f"{path} lacks 'tokenizer': name another checkpoint")
+    try:
+        tokenizer = Tokenizer(content["tokenizer"])
+    except (AttributeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} does not fit this code: {reason}") from None
+    if tokenizer.n_vocab != content["config"]["vocab_size"]:
+        raise ValueError(f"{path}: a tokenizer of {tokenizer.n_vocab} tokens, "
+                         f"a model of {content['config']['vocab_size']}")
+    return tokenizer
+
+
 def merge(parts: list[bytes], token: bytes) -> list[bytes]:
     """The parts with neighbours that make up `token` joined, from the left."""
     out: list[bytes] = []

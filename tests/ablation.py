@@ -1,28 +1,33 @@
-"""Variants of the memory, each trained by the default recipe: what a change of one thing does to accuracy.
+"""Variants of the memory, each trained by the default recipe: what one change does to accuracy.
 
     # a minute: it runs, it learns nothing
     python tests/ablation.py --rows default --seeds 0 --flags '--tokens 90000' --n 9
-    python tests/ablation.py                            # all rows, three seeds: hours on two CPU cores
-    python tests/ablation.py --rows "paper Eqs. (4) to (6)" "no null" --seeds 0 1 2     # some of them
+    # all rows with three seeds: hours on two CPU cores
+    python tests/ablation.py
+    # some of the rows
+    python tests/ablation.py --rows "paper Eqs. (4) to (6)" "no null" --seeds 0 1 2
     # the table of the figures in README
     python tests/ablation.py --show --out assets/ablation.jsonl --flags '--threads 1 --eval_n 2'
 
-Appends a line of JSON for every run to --out (default out/ablation.jsonl), skips runs that it has with the
-same flags, lengths and n, and prints the table of those. All rows take 8 M tokens and have the default's
-parameters to 0.3 % (wider MLPs make up for what a row lacks), but for those with other slots. A row is sizes
-of the model, flags of train.py, or a few lines of code in place of lm2.py's: read them as examples of how to
-change the model. pytest does not collect this file.
+Appends a line of JSON to --out for every run (default out/ablation.jsonl). Skips the runs that the
+file has with the same flags, lengths and n. Then prints the table of these runs.
+
+A row is a change of sizes, of flags of train.py, or of a few lines of lm2.py. The classes below are
+examples of how to change the model. All rows train on 8 M tokens. Their parameters are those of the
+default to 0.3 %, since a wider or narrower MLP makes up for what a row lacks or adds; only the rows
+with another number of slots differ more. pytest does not collect this file.
 """
+
 import json
 import math
 import shlex
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator
 
 import torch
 import torch.nn as nn
@@ -39,128 +44,173 @@ from data.metrics import cells, wilson  # noqa: E402
 
 
 class PlainForget(lm2.Memory):
-    """M <- C + g_forget * M: Eq. (6)'s forgetting, in every segment, whatever it wrote."""
+    """M <- C + g_forget * M: a slot forgets as in Eq. (6) in every segment, whatever it takes."""
 
-    def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor) -> Tensor:
-        scores = self.heads(K) @ self.heads(Q).mT / self.width ** 0.5                   # (B, HM, N, S)
-        null = self.null[:, None, None].expand(*scores.shape[:-1], 1)
-        R = torch.cat((scores, null), dim=-1).softmax(dim=-1)                           # (B, HM, N, S+1)
-        C = (R[..., :-1] @ self.heads(c)).transpose(1, 2).flatten(-2)                   # (B, N, D)
-        return C + torch.sigmoid(self.w_forget(C)) * M
-
-
-class OneGate(nn.Linear):
-    """(B, N, D) -> (B, N, D), the same in all channels."""
-
-    def forward(self, C: Tensor) -> Tensor:
-        return super().forward(C).expand_as(C)
+    def write(self, M: Tensor, Q: Tensor, candidates: Tensor) -> Tensor:
+        K = self.heads(self.wk(self.normed(M)))  # (B, HM, N, D/HM)
+        scores = K @ Q.mT / math.sqrt(Q.shape[-1])  # (B, HM, N, S)
+        null = self.null[:, None, None].expand(*scores.shape[:-1], 1)  # (B, HM, N, 1)
+        R = torch.cat((scores, null), dim=-1).softmax(dim=-1)  # (B, HM, N, S+1)
+        C = self.merge(R[..., :-1].to(candidates.dtype) @ candidates)  # (B, N, D)
+        g_forget = torch.sigmoid(self.w_forget(C))
+        self.record(R=R, g_forget=g_forget)
+        return C + g_forget * M
 
 
 class SlotForget(lm2.Memory):
-    """One forget gate a slot, not one a slot and channel."""
+    """Each slot has one forget gate, not one for each of its channels."""
 
     def __init__(self, cfg: lm2.LM2Config):
         super().__init__(cfg)
-        self.w_forget = OneGate(cfg.n_embd, 1)
+        self.w_forget = nn.Linear(cfg.n_embd, 1)  # g_forget is (B, N, 1), the same in all channels
 
 
 class PaperCandidate(lm2.Memory):
-    """The candidate is what a token read, tanh(E_mem), as in the paper: only which slots it was."""
+    """A token offers what it has read, tanh(E_mem), as in the paper. This tells only which slots it
+    was that it read."""
 
     def __init__(self, cfg: lm2.LM2Config):
         super().__init__(cfg)
         del self.w_write
 
-    def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        E = self.token_norm(x)
-        return self.wq(E), torch.sigmoid(self.w_in(E))
+    def candidates(self, E: Tensor) -> Tensor:
+        """The input gates alone: E (..., S, D) -> (..., HM, S, D/HM). The rest needs the bank."""
+        g_in = torch.sigmoid(self.w_in(E))
+        self.record(g_in=g_in)
+        return self.heads(g_in)
 
-    def E_mem(self, M: Tensor, K: Tensor, Q: Tensor) -> Tensor:
-        """What the tokens of a segment read, (B, S, D)."""
-        A = (self.heads(Q) @ self.heads(K).mT / self.width ** 0.5).softmax(dim=-1)      # (B, HM, S, N)
-        return (A @ self.heads(self.wv(self.step(M, None, None, False)[0]))).transpose(1, 2).flatten(-2)
+    def E_mem(self, M: Tensor, Q: Tensor) -> Tensor:
+        """What the tokens of a segment read, (B, HM, S, D/HM)."""
+        K, V = self.keys_and_values(M)  # (B, HM, N, D/HM)
+        A = (Q @ K.mT / math.sqrt(Q.shape[-1])).softmax(dim=-1)  # (B, HM, S, N)
+        return A.to(V.dtype) @ V
 
-    def write(self, M: Tensor, K: Tensor, Q: Tensor, g_in: Tensor) -> Tensor:
-        return super().write(M, K, Q, g_in * torch.tanh(self.E_mem(M, K, Q)))
+    def write(self, M: Tensor, Q: Tensor, g_in: Tensor) -> Tensor:
+        return super().write(M, Q, g_in * torch.tanh(self.E_mem(M, Q)))
 
 
 class PaperUpdate(PaperCandidate):
-    """g_in * tanh(E_mem) + g_forget * M with g_forget = sigmoid(E_mem w_forget), Eqs. (4) to (6) as printed,
-    but for what does not fit: T x d terms come to the N x d bank by R, which has no null."""
+    """g_in * tanh(E_mem) + g_forget * M with g_forget = sigmoid(E_mem w_forget): Eqs. (4) to (6) as
+    printed, except where the shapes do not fit. There R, which has no null, brings the T x d terms
+    to the bank of N x d."""
 
-    def write(self, M: Tensor, K: Tensor, Q: Tensor, g_in: Tensor) -> Tensor:
-        R = (self.heads(K) @ self.heads(Q).mT / self.width ** 0.5).softmax(dim=-1)      # (B, HM, N, S)
-        E_mem = self.E_mem(M, K, Q)                                                     # (B, S, D)
-        add, keep = ((R @ self.heads(x)).transpose(1, 2).flatten(-2)
-                     for x in (g_in * torch.tanh(E_mem), torch.sigmoid(self.w_forget(E_mem))))
-        return add + keep * M
+    def write(self, M: Tensor, Q: Tensor, g_in: Tensor) -> Tensor:
+        K = self.heads(self.wk(self.normed(M)))  # (B, HM, N, D/HM)
+        R = (K @ Q.mT / math.sqrt(Q.shape[-1])).softmax(dim=-1)  # (B, HM, N, S)
+        E_mem = self.E_mem(M, Q)  # (B, HM, S, D/HM)
+        g_forget = self.heads(torch.sigmoid(self.w_forget(self.merge(E_mem))))  # one for each token
+        R = R.to(E_mem.dtype)
+        added = self.merge(R @ (g_in * torch.tanh(E_mem)))  # (B, N, D)
+        kept = self.merge(R @ g_forget)  # (B, N, D)
+        return added + kept * M
 
 
 class OwnQuery(lm2.Memory):
-    """The write asks with a further projection of the read's query."""
+    """The write has queries of its own, a further projection of those of the read."""
 
     def __init__(self, cfg: lm2.LM2Config):
         super().__init__(cfg)
         self.wq_write = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
 
-    def write(self, M: Tensor, K: Tensor, Q: Tensor, c: Tensor) -> Tensor:
-        return super().write(M, K, self.wq_write(Q), c)
+    def write(self, M: Tensor, Q: Tensor, candidates: Tensor) -> Tensor:
+        Q_write = self.heads(self.wq_write(self.merge(Q)))  # (B, HM, S, D/HM)
+        return super().write(M, Q_write, candidates)
 
 
 class MemoryLast(lm2.Block):
-    """Attention, MLP, memory: tokens read and write behind the MLP."""
+    """The order is attention, MLP, memory: tokens read and write behind the MLP."""
 
-    def before(self, x: Tensor, turn: Tensor, cache: tuple | None) -> tuple:
-        h, k, v = self.attention(self.attention_norm(x), turn, cache)
-        x = x + h
+    def forward(
+        self, x: Tensor, M: Tensor | None, rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        segments = self.attention_norm(x).flatten(0, 1)  # (B*G, S, D)
+        x = x + self.attention(segments, rope).view_as(x)
         x = x + self.feed_forward(self.ffn_norm(x))
-        return x, k, v, *self.memory.tokens(x)
+        if self.memory is not None:
+            from_memory, M = self.memory(x, M)
+            x = x + from_memory
+        return x, M
 
-    def after(self, x: Tensor, Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
-        return x + self.memory.read(Q, K, V)
+    def next_tokens(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: lm2.Cache) -> Tensor:
+        x = x + self.attention.next_tokens(self.attention_norm(x), rope, cache)
+        x = x + self.feed_forward(self.ffn_norm(x))
+        if self.memory is not None:
+            x = x + self.memory.next_tokens(x, cache)
+        return x
 
 
 class MemoryFirst(lm2.Block):
-    """Queries, input gates and candidates are made from the block's input, before self-attention."""
+    """The memory's queries, input gates and candidates are made from the input of the block, before
+    self-attention."""
 
-    def before(self, x: Tensor, turn: Tensor, cache: tuple | None) -> tuple:
-        h, k, v = self.attention(self.attention_norm(x), turn, cache)
-        return x + h, k, v, *self.memory.tokens(x)
+    def forward(
+        self, x: Tensor, M: Tensor | None, rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        block_input = x
+        segments = self.attention_norm(x).flatten(0, 1)  # (B*G, S, D)
+        x = x + self.attention(segments, rope).view_as(x)
+        if self.memory is not None:
+            from_memory, M = self.memory(block_input, M)
+            x = x + from_memory
+        x = x + self.feed_forward(self.ffn_norm(x))
+        return x, M
+
+    def next_tokens(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: lm2.Cache) -> Tensor:
+        block_input = x
+        x = x + self.attention.next_tokens(self.attention_norm(x), rope, cache)
+        if self.memory is not None:
+            x = x + self.memory.next_tokens(block_input, cache)
+        return x + self.feed_forward(self.ffn_norm(x))
 
 
-def start(name: str, value: float) -> Callable[[lm2.LM2], None]:
-    """Where all entries of a gate's bias (or the null, relative to what it is) start."""
+def memories(model: lm2.LM2) -> list[lm2.Memory]:
+    """The memories of the blocks that have one."""
+    return [block.memory for block in model.layers if block.memory is not None]
+
+
+def bias_starts_at(gate: str, value: float) -> Callable[[lm2.LM2], None]:
+    """A function that sets the bias of a gate of a new model, in all channels."""
+
     def change(model: lm2.LM2) -> None:
-        with torch.no_grad():
-            for block in filter(lambda block: block.memory, model.layers):
-                if name == "null":
-                    block.memory.null.add_(value)
-                else:
-                    getattr(block.memory, name).bias.fill_(value)
+        for memory in memories(model):
+            nn.init.constant_(getattr(memory, gate).bias, value)
+
+    return change
+
+
+def null_starts_higher(by: float) -> Callable[[lm2.LM2], None]:
+    """A function that raises the scores of the null of a new model."""
+
+    @torch.no_grad()
+    def change(model: lm2.LM2) -> None:
+        for memory in memories(model):
+            memory.null.add_(by)
+
     return change
 
 
 @dataclass(frozen=True)
 class Row:
     """One change to the default."""
-    flags: str = ""                     # of train.py
-    memory: type = lm2.Memory           # in the place of lm2.Memory
-    block: type = lm2.Block
-    start: Callable[[lm2.LM2], None] | None = None      # what changes the initial weights
+
+    flags: str = ""  # flags of train.py
+    memory: type[lm2.Memory] = lm2.Memory  # the class that takes the place of lm2.Memory
+    block: type[lm2.Block] = lm2.Block  # the class that takes the place of lm2.Block
+    start: Callable[[lm2.LM2], None] | None = None  # changes the initial weights
 
 
-STAGES, NEVER = train.TrainConfig.stages, start("null", -math.inf)  # no slot declines: w is 1
-TOKENS = 8_000_000                      # of every run, in whatever stage it is then
+TOKENS = 8_000_000  # Every run trains on these, whatever stage it is in at the end.
+STAGES = train.TrainConfig.stages
 ROWS: dict[str, Row] = {
     "default": Row(),
     "paper Eqs. (4) to (6)": Row("--ffn_dim 197", memory=PaperUpdate),
     "candidate tanh(E_mem)": Row("--ffn_dim 197", memory=PaperCandidate),
     "g_forget * M always": Row(memory=PlainForget),
-    "the same, b_forget 3": Row(memory=PlainForget, start=start("w_forget", 3.0)),
-    "no null": Row(start=NEVER),
-    "null starts 2 higher": Row(start=start("null", 2.0)),
-    "b_forget starts at 3": Row(start=start("w_forget", 3.0)),
-    "b_out starts at -2": Row(start=start("w_out", -2.0)),
+    "the same, b_forget 3": Row(memory=PlainForget, start=bias_starts_at("w_forget", 3.0)),
+    "no null": Row(start=null_starts_higher(-math.inf)),  # no slot declines a segment: w is 1
+    "null starts 2 higher": Row(start=null_starts_higher(2.0)),
+    "b_forget starts at 3": Row(start=bias_starts_at("w_forget", 3.0)),
+    "b_out starts at -2": Row(start=bias_starts_at("w_out", -2.0)),
     "one forget gate a slot": Row("--ffn_dim 197", memory=SlotForget),
     "write: query projected": Row("--ffn_dim 155", memory=OwnQuery),
     "memory behind the MLP": Row(block=MemoryLast),
@@ -177,82 +227,160 @@ ROWS: dict[str, Row] = {
 
 @contextmanager
 def changed(row: Row) -> Iterator[None]:
-    """While it lasts, models are built from the row's classes."""
-    was = lm2.Memory, lm2.Block
-    lm2.Memory, lm2.Block = row.memory, row.block
+    """Within it models are built from the classes of the row."""
+    default = Row()
+    lm2.Memory = row.memory
+    lm2.Block = row.block
     try:
         yield
     finally:
-        lm2.Memory, lm2.Block = was
+        lm2.Memory = default.memory
+        lm2.Block = default.block
 
 
-def run(name: str, seed: int, lengths: list[int], n: int, flags: str) -> dict:
-    """Train a row and evaluate it: what stands in a line of --out, right answers of n by length."""
+def measure(name: str, seed: int, lengths: list[int], n: int, flags: str) -> dict:
+    """Train a row and evaluate it on n samples of each length -> a line of --out. It holds how many
+    answers were right by length, and how many the floor has right."""
     row = ROWS[name]
+    own_flags = f"--seed {seed} --tokens {TOKENS} --final_tokens {TOKENS} {flags} {row.flags}"
     with tempfile.TemporaryDirectory() as folder, changed(row):
-        own = shlex.split(f"--seed {seed} --tokens {TOKENS} --final_tokens {TOKENS} {flags} {row.flags}")
-        t = train.Trainer(*train.read_flags(["--out_dir", folder, *own]))
+        argv = ["--out_dir", folder, *shlex.split(own_flags)]
+        trainer = train.Trainer(*train.read_flags(argv))
         try:
-            if row.start:
-                row.start(t.model)  # helpers see it too: the weights are shared
-            t.run()
+            if row.start is not None:
+                row.start(trainer.model)  # Processes that help see it too: they share the weights.
+            trainer.run()
         finally:
-            t.close()
-        found = {length_name(c["length"]): c for c in cells(t.evaluate(lengths, n, 0, ("on",)))}
-    counts = {key: {x: c[key] for x, c in found.items()} for key in ("exact", "floor")}
-    return dict(row=name, seed=seed, flags=flags, minutes=round(t.seconds / 60, 1), tokens=t.tokens, n=n,
-                params=t.model.n_params()[0], stage=str(t.course.stage)) | counts
+            trainer.close()
+        predictions = trainer.evaluate(lengths, n, 0, ("on",))
+    exact = {}
+    floor = {}
+    for cell in cells(predictions):
+        length = length_name(cell["length"])
+        exact[length] = cell["exact"]
+        floor[length] = cell["floor"]
+    return dict(
+        row=name,
+        seed=seed,
+        flags=flags,
+        minutes=round(trainer.seconds / 60, 1),
+        tokens=trainer.tokens,
+        n=n,
+        params=trainer.model.n_params()[0],
+        stage=str(trainer.course.stage),
+        exact=exact,
+        floor=floor,
+    )
 
 
 def show(runs: list[dict]) -> str:
-    """A line a row: right answers in %, medians of its seeds (of two the lower); all seeds at the last
-    length. Then the floor, and how sure the figures are."""
-    lengths, n = list(runs[0]["exact"]), runs[0]["n"]
-    lines = [f"{'% right':24}" + "".join(f"{x:>7}" for x in lengths) + f"   seeds at {lengths[-1]}"]
-    for name in dict.fromkeys(r["row"] for r in runs):
-        mine = sorted((r for r in runs if r["row"] == name), key=lambda r: r["seed"])
-        middle = [100 * statistics.median_low(r["exact"][x] for r in mine) / n for x in lengths]
-        lines.append(f"{name:24}" + "".join(f"{x:7.1f}" for x in middle)
-                     + "   " + " ".join(f"{100 * r['exact'][lengths[-1]] / n:.1f}" for r in mine))
-    lines.append(f"{'floor':24}" + "".join(f"{100 * runs[0]['floor'][x] / n:7.1f}" for x in lengths))
-    sure = " and ".join(f"{50 * (high - low):.1f} at {100 * k / n:.0f}"
-                        for k in (n // 2, 9 * n // 10) for low, high in [wilson(k, n)])
-    return "\n".join([*lines, f"n = {n}; a figure's 95 % interval is {sure} % to each side"])
+    """The table of runs with the same lengths and n: a line for each row, the floor, and how sure
+    the figures are.
+
+    A line has the share of right answers in %, the median of the seeds (of two the lower). At the
+    last length it has that of every seed as well."""
+    lengths = list(runs[0]["exact"])
+    last = lengths[-1]
+    n = runs[0]["n"]
+    heads = "".join(f"{length:>7}" for length in lengths)
+    lines = [f"{'% right':24}{heads}   seeds at {last}"]
+    for name in dict.fromkeys(run["row"] for run in runs):
+        of_row = [run for run in runs if run["row"] == name]
+        of_row.sort(key=lambda run: run["seed"])
+        medians = ""
+        for length in lengths:
+            median = statistics.median_low(run["exact"][length] for run in of_row)
+            medians += f"{100 * median / n:7.1f}"
+        seeds = " ".join(f"{100 * run['exact'][last] / n:.1f}" for run in of_row)
+        lines.append(f"{name:24}{medians}   {seeds}")
+    floors = "".join(f"{100 * runs[0]['floor'][length] / n:7.1f}" for length in lengths)
+    lines.append(f"{'floor':24}{floors}")
+    widths = []
+    for right in (n // 2, 9 * n // 10):
+        low, high = wilson(right, n)
+        widths.append(f"{50 * (high - low):.1f} at {100 * right / n:.0f}")
+    sure = " and ".join(widths)
+    lines.append(f"n = {n}; a figure's 95 % interval is {sure} % to each side")
+    return "\n".join(lines)
+
+
+def earlier_runs(out: Path, flags: str, n: int, lengths: list[str]) -> list[dict]:
+    """The runs in a file that were made with these flags, n and lengths. ValueError for a file of
+    something else."""
+    if not out.is_file():
+        return []
+    runs = []
+    try:
+        for line in out.read_text(encoding="utf-8").splitlines():
+            run = json.loads(line)
+            if (run["flags"], run["n"], list(run["exact"])) == (flags, n, lengths):
+                runs.append(run)
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{out} holds no figures of this script: name another") from None
+    return runs
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("tests/ablation.py", __doc__.split("\n")[0])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows (default all)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (default 0 1 2)")
-    parser.add_argument("--lengths", nargs="+", default=["0k", "1k", "4k", "8k", "16k"],
-                        help="lengths to evaluate at (default 0k 1k 4k 8k 16k)")
-    parser.add_argument("--n", type=int, default=200, help="samples a length (default 200)")
-    parser.add_argument("--flags", default="", help="of train.py, for every run (default none)")
-    parser.add_argument("--out", default="out/ablation.jsonl", help="figures (default out/ablation.jsonl)")
-    parser.add_argument("--show", action="store_true", help="train nothing (default off)")
+    add = parser.add_argument
+    add(
+        "--rows",
+        nargs="+",
+        choices=ROWS,
+        default=list(ROWS),
+        help="rows of the table to train (default all)",
+    )
+    add(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[0, 1, 2],
+        help="seeds to train each row with (default 0 1 2)",
+    )
+    add(
+        "--lengths",
+        nargs="+",
+        default=["0k", "1k", "4k", "8k", "16k"],
+        help="lengths of the documents in the evaluation (default 0k 1k 4k 8k 16k)",
+    )
+    add("--n", type=int, default=200, help="samples of each length (default 200)")
+    add("--flags", default="", help="flags of train.py for every run (default none)")
+    add(
+        "--out",
+        default="out/ablation.jsonl",
+        help="file of the figures, to which new runs are added (default out/ablation.jsonl)",
+    )
+    add(
+        "--show",
+        action="store_true",
+        help="train nothing, print the table of the runs that the file has (default off)",
+    )
     args = parser.parse_args(argv)
     keep_freed_memory()
     with one_line("tests/ablation.py"):
-        out, lengths = Path(args.out), [parse_length(x) for x in dict.fromkeys(args.lengths)]
-        if args.n < 1 or out.is_dir():
-            raise ValueError(f"--out {out} is a folder: name a file" if args.n > 0 else
-                             f"--n {args.n} samples a length: give 1 or more")
-        lines = out.read_text(encoding="utf-8").splitlines() if out.is_file() else []
-        asked = args.flags, args.n, [length_name(x) for x in lengths]      # others make other figures
-        try:
-            runs = [r for r in map(json.loads, lines) if (r["flags"], r["n"], list(r["exact"])) == asked]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{out} holds no figures of this script: name another") from None
-        for seed in args.seeds if not args.show else ():
-            for name in args.rows:
-                if (name, seed) not in [(r["row"], r["seed"]) for r in runs]:
-                    runs.append(run(name, seed, lengths, args.n, args.flags))
+        out = Path(args.out)
+        lengths = [parse_length(text) for text in dict.fromkeys(args.lengths)]
+        if args.n < 1:
+            raise ValueError(f"--n {args.n} samples a length: give 1 or more")
+        if out.is_dir():
+            raise ValueError(f"--out {out} is a folder: name a file")
+        length_names = [length_name(length) for length in lengths]
+        runs = earlier_runs(out, args.flags, args.n, length_names)
+        if args.show and not runs:
+            raise ValueError(
+                f"{out} has no figures with these --flags, --lengths and --n: leave out --show"
+            )
+        if not args.show:
+            done = {(run["row"], run["seed"]) for run in runs}
+            for seed in args.seeds:
+                for name in args.rows:
+                    if (name, seed) in done:
+                        continue
+                    done.add((name, seed))
+                    runs.append(measure(name, seed, lengths, args.n, args.flags))
                     out.parent.mkdir(parents=True, exist_ok=True)
                     with open(out, "a", encoding="utf-8") as file:
                         file.write(json.dumps(runs[-1]) + "\n")
-        if not runs:
-            raise ValueError(f"{out} has no figures with these --flags, --lengths and --n"
-                             + ": leave out --show" * args.show)
         print(show(runs))
 
 

@@ -1,15 +1,24 @@
-"""Speed and memory of this implementation, beside Llamas of the same sizes: one process, alternating runs.
+"""Speed and memory of this implementation, beside Llamas of the same sizes.
 
-    python tests/bench.py --quick --threads 1     # tiny sizes, seconds: it runs, its figures mean nothing
-    python tests/bench.py                         # everything, minutes on two CPU cores
-    python tests/bench.py --parts train products  # some of it: train, products, read, generate, data
-    python tests/bench.py --profile               # where a training step's time goes
-    python tests/bench.py --compile --parts train # compiled training steps: on a CPU minutes until they are
+    # tiny sizes, seconds: it runs, its figures mean nothing
+    python tests/bench.py --quick --threads 1
+    # everything: minutes on two CPU cores
+    python tests/bench.py
+    # some of the parts, which are train, products, read, generate and data
+    python tests/bench.py --parts train products
+    # where the time of a training step goes
+    python tests/bench.py --profile
+    # compiled training steps: on a CPU it takes minutes to compile them
+    python tests/bench.py --compile --parts train
 
-Writes nothing but the figures, as JSON, to --out if that is given. Every round runs each contender once, and
-starts with another one: a machine that slows down slows all of them. Figures are medians over the rounds;
-ratios are taken within a round, the least and the greatest in brackets. pytest does not collect this file.
+Writes nothing but the figures, as JSON, to --out if that is given. pytest does not collect this
+file.
+
+All contenders run in one process, in alternation. Every round runs each of them once and starts
+with another one, so that a machine that slows down slows all of them. Figures are medians over the
+rounds. Ratios are taken within a round. The least and the greatest stand in brackets.
 """
+
 import itertools
 import json
 import math
@@ -21,9 +30,11 @@ import textwrap
 import time
 from argparse import SUPPRESS
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -35,375 +46,657 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python t
 
 import train  # noqa: E402
 from data.babilong import Builder  # noqa: E402
-from data.batches import Maker, Stage  # noqa: E402
+from data.batches import Batch, Maker, Stage  # noqa: E402
 from data.cli import Parser, one_line, save_json  # noqa: E402
-from data.device import compile_blocks, keep_freed_memory, peak_memory, pick_device  # noqa: E402
+from data.device import (  # noqa: E402
+    compile_blocks,
+    keep_freed_memory,
+    peak_memory,
+    pick_device,
+)
 from data.document import length_name  # noqa: E402
-from data.tokenizer import load  # noqa: E402
 from data.recipes import PRESETS  # noqa: E402
+from data.tokenizer import load  # noqa: E402
 from lm2 import LM2, LM2Config  # noqa: E402
 
-# Of training steps: the model and B rows of T tokens. Without memory "cuda" is as large as GPT-2 small.
-SIZES: dict[str, tuple[dict, int, int]] = {
-    "quick": (dict(vocab_size=256, n_layer=2, n_head=2, n_kv_head=2, n_embd=64, ffn_dim=176, segment_len=32,
-                   n_slot=8, n_mem_head=2), 2, 128),
-    "cpu": (dict(vocab_size=2048, n_layer=4, n_head=8, n_kv_head=8, n_embd=512, ffn_dim=1408, n_slot=64,
-                 segment_len=256, n_mem_head=8), 2, 1024),
-    "cuda": (dict(vocab_size=50304, n_layer=12, n_head=12, n_kv_head=12, n_embd=768, ffn_dim=2048, n_slot=64,
-                  segment_len=512, n_mem_head=12, tie_embeddings=True), 4, 4096)}
-aten, median = torch.ops.aten, statistics.median
+QUICK = dict(
+    vocab_size=256,
+    n_layer=2,
+    n_head=2,
+    n_kv_head=2,
+    n_embd=64,
+    ffn_dim=176,
+    segment_len=32,
+    n_slot=8,
+    n_mem_head=2,
+)
+CPU = dict(
+    vocab_size=2048,
+    n_layer=4,
+    n_head=8,
+    n_kv_head=8,
+    n_embd=512,
+    ffn_dim=1408,
+    n_slot=64,
+    segment_len=256,
+    n_mem_head=8,
+)
+CUDA = dict(  # without memory it is as large as GPT-2 small
+    vocab_size=50304,
+    n_layer=12,
+    n_head=12,
+    n_kv_head=12,
+    n_embd=768,
+    ffn_dim=2048,
+    n_slot=64,
+    segment_len=512,
+    n_mem_head=12,
+    tie_embeddings=True,
+)
+# A training step: the sizes of the model, B rows, T tokens in each.
+STEPS: dict[str, tuple[dict, int, int]] = {
+    "quick": (QUICK, 2, 128),
+    "cpu": (CPU, 2, 1024),
+    "cuda": (CUDA, 4, 4096),
+}
+
+Step = Callable[..., None]  # a training step, called with the batch if it is not always the same
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the parts share."""
+    """What all parts of the benchmark share."""
+
     device: torch.device
-    cfg: LM2Config                      # of training steps
-    rows: int                           # B
-    tokens: int                         # T
-    rounds: int                         # of each measurement
-    compile: bool                       # training steps of compiled blocks
-    quick: bool                         # tiny sizes
+    cfg: LM2Config  # sizes of the model in training steps
+    rows: int  # B, documents of a training step
+    tokens: int  # T, tokens of each document
+    rounds: int  # how often each measurement is made
+    compile: bool  # training steps are compiled
+    quick: bool  # sizes are tiny
 
     @property
-    def cuda(self) -> bool:
+    def on_cuda(self) -> bool:
         return self.device.type == "cuda"
 
     def clock(self) -> float:
-        """Seconds, when all work given to the device so far is done."""
-        if self.cuda:
+        """The time in seconds when all work that the device has been given is done."""
+        if self.on_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def seconds(self, call: Callable) -> float:
+        """How long a call takes."""
         start = self.clock()
         call()
         return self.clock() - start
 
     def alternate(self, calls: dict, rounds: int) -> dict:
-        """{name: call} -> {name: seconds, one a round}"""
-        names, times = list(calls), {name: [] for name in calls}
+        """{name: call} -> {name: seconds, one figure for each round}."""
+        names = list(calls)
+        times = {name: [] for name in names}
         for r in range(rounds):
             first = r % len(names)
             for name in names[first:] + names[:first]:
                 times[name].append(self.seconds(calls[name]))
         return times
 
-    def training_step(self, model: nn.Module, loss: Callable[..., Tensor]) -> Callable:
-        """Forward, backward, clipping and AdamW as in train.py; float32, on CUDA bfloat16 by autocast."""
+    def training_step(self, model: nn.Module, loss_of: Callable[..., Tensor]) -> Step:
+        """A step as in train.py: forward, backward, clipping and AdamW. It computes in float32, and
+        on CUDA in bfloat16 by autocast."""
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
         def step(*batch):
-            with torch.autocast("cuda", torch.bfloat16, enabled=self.cuda):
-                value = loss(*batch)
-            value.backward()
+            with torch.autocast("cuda", torch.bfloat16, enabled=self.on_cuda):
+                loss = loss_of(*batch)
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
         return step
 
     def reader(self) -> LM2:
-        """The model that reads and generates: the default one, on CUDA that of the training steps."""
+        """The model that reads and generates: the default one, on CUDA that of training steps."""
         torch.manual_seed(0)
-        model = LM2(self.cfg if self.cuda else LM2Config(**PRESETS["cpu"]))
-        return model.to(self.device, torch.bfloat16 if self.cuda else torch.float32).eval()
+        if self.on_cuda:
+            model = LM2(self.cfg).to(self.device, torch.bfloat16)
+        else:
+            model = LM2(LM2Config(**PRESETS["cpu"])).to(self.device)
+        return model.eval()
 
     def document(self, length: int) -> Tensor:
-        """(1, length) random ids, fewer than any vocabulary here has"""
+        """Random ids (1, length), all below the vocabulary size of every model here."""
         return torch.randint(256, (1, length), device=self.device)
 
 
-def ratio(a: list[float], b: list[float]) -> tuple[float, float, float]:
-    """(median, least, greatest) of a / b, round by round."""
-    each = [x / y for x, y in zip(a, b)]
-    return median(each), min(each), max(each)
+Spread = tuple[float, float, float]  # (median, least, greatest)
 
 
-def spread(r: tuple[float, float, float], form: str = ".2f") -> str:
-    return f"{r[0]:{form}} [{r[1]:{form}}, {r[2]:{form}}]"
+def ratio(a: list[float], b: list[float]) -> Spread:
+    """The spread of a / b, taken round by round."""
+    ratios = [x / y for x, y in zip(a, b, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def shown(spread: Spread, form: str = ".2f") -> str:
+    median, least, greatest = spread
+    return f"{median:{form}} [{least:{form}}, {greatest:{form}}]"
+
+
+class PlainBlock(nn.Module):
+    """A block of PlainLlama."""
+
+    def __init__(self, cfg: LM2Config):
+        super().__init__()
+        D = cfg.n_embd
+        self.n_head = cfg.n_head
+        self.norm1 = nn.RMSNorm(D, cfg.norm_eps)
+        self.q = nn.Linear(D, D, bias=False)
+        self.k = nn.Linear(D, D, bias=False)
+        self.v = nn.Linear(D, D, bias=False)
+        self.o = nn.Linear(D, D, bias=False)
+        self.norm2 = nn.RMSNorm(D, cfg.norm_eps)
+        self.w1 = nn.Linear(D, cfg.ffn_dim, bias=False)
+        self.w2 = nn.Linear(cfg.ffn_dim, D, bias=False)
+        self.w3 = nn.Linear(D, cfg.ffn_dim, bias=False)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(R, T, D) -> (R, H, T, D/H)"""
+        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """RoPE on x (R, H, T, D/H): angle i turns the channels i and D/H/2 + i."""
+        a, b = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(R, T, D) -> (R, T, D)"""
+        h = self.norm1(x)
+        q = self.turn(self.heads(self.q(h)), cos, sin)
+        k = self.turn(self.heads(self.k(h)), cos, sin)
+        y = F.scaled_dot_product_attention(q, k, self.heads(self.v(h)), is_causal=True)
+        x = x + self.o(y.transpose(1, 2).flatten(-2))  # (R, T, D)
+        h = self.norm2(x)
+        return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
 
 
 class PlainLlama(nn.Module):
-    """The reference: a Llama of PyTorch's own functions, with no state, no segments and no options."""
+    """The reference: a Llama of PyTorch's own functions, without state, segments or options."""
+
     def __init__(self, cfg: LM2Config):
         super().__init__()
-        D, self.n_head = cfg.n_embd, cfg.n_head
-        shapes = dict(q=(D, D), k=(D, D), v=(D, D), o=(D, D), w1=(D, cfg.ffn_dim), w3=(D, cfg.ffn_dim),
-                      w2=(cfg.ffn_dim, D))
-        self.blocks = nn.ModuleList(nn.ModuleDict(
-            {name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()}
-            | {name: nn.RMSNorm(D, cfg.norm_eps) for name in ("norm1", "norm2")}) for _ in range(cfg.n_layer))
-        self.embedding, self.norm = nn.Embedding(cfg.vocab_size, D), nn.RMSNorm(D, cfg.norm_eps)
+        D = cfg.n_embd
+        self.embedding = nn.Embedding(cfg.vocab_size, D)
+        self.blocks = nn.ModuleList([PlainBlock(cfg) for _ in range(cfg.n_layer)])
+        self.norm = nn.RMSNorm(D, cfg.norm_eps)
         self.output = nn.Linear(D, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.output.weight = self.embedding.weight
-        freq = cfg.rope_theta ** (-torch.arange(0, D // cfg.n_head, 2) * cfg.n_head / D)
-        angle = torch.outer(torch.arange(cfg.segment_len), freq).repeat(1, 2)       # (T, D/H)
+        frequency = cfg.rope_theta ** (-torch.arange(0, D // cfg.n_head, 2) * cfg.n_head / D)
+        angle = torch.outer(torch.arange(cfg.segment_len), frequency).repeat(1, 2)  # (T, D/H)
         self.register_buffer("cos", angle.cos())
         self.register_buffer("sin", angle.sin())
-
-    def turn(self, x: Tensor) -> Tensor:
-        """RoPE: x (R, H, T, D/H); angle i turns channels i and D/H/2 + i."""
-        a, b = x.chunk(2, dim=-1)
-        return x * self.cos + torch.cat((-b, a), dim=-1) * self.sin
 
     def forward(self, idx: Tensor) -> Tensor:
         """idx (R, T) -> logits (R, T, V)"""
         x = self.embedding(idx)
-        for b in self.blocks:
-            h = b["norm1"](x)
-            q, k, v = (b[name](h).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for name in "qkv")
-            y = F.scaled_dot_product_attention(self.turn(q), self.turn(k), v, is_causal=True)
-            x = x + b["o"](y.transpose(1, 2).flatten(-2))                           # (R, T, D)
-            h = b["norm2"](x)
-            x = x + b["w2"](F.silu(b["w1"](h)) * b["w3"](h))
+        for block in self.blocks:
+            x = block(x, self.cos, self.sin)
         return self.output(self.norm(x))
 
 
-def contenders(s: Setup, others: bool = False) -> dict[str, tuple[nn.Module, Callable]]:
-    """{name: (model, its training step)}, all on the same B x T tokens with a target each."""
+class TransformersLlama(nn.Module):
+    """The Llama of the library transformers. ImportError where that is not installed."""
+
+    def __init__(self, cfg: LM2Config):
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=cfg.vocab_size,
+            hidden_size=cfg.n_embd,
+            intermediate_size=cfg.ffn_dim,
+            num_hidden_layers=cfg.n_layer,
+            num_attention_heads=cfg.n_head,
+            num_key_value_heads=cfg.n_kv_head,
+            max_position_embeddings=cfg.segment_len,
+            rms_norm_eps=cfg.norm_eps,
+            tie_word_embeddings=cfg.tie_embeddings,
+            attn_implementation="sdpa",
+            use_cache=False,
+        )
+        self.model = LlamaForCausalLM(config)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """idx (R, T) -> logits (R, T, V)"""
+        return self.model(idx).logits
+
+
+class Contender(NamedTuple):
+    """A model with its training step, always on the same batch."""
+
+    model: nn.Module
+    step: Step
+
+
+def contenders(setup: Setup, others: bool = False) -> dict[str, Contender]:
+    """LM2 and the Llama of the same window, and with `others` further Llamas, all on the same
+    B x T tokens, each of which has a target."""
     torch.manual_seed(0)
-    ids = torch.randint(s.cfg.vocab_size, (s.rows, s.tokens + 1), device=s.device)
-    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()                        # (B, T)
-    llama = replace(s.cfg, n_mem_layer=0)
-    full, rows, found = replace(llama, segment_len=s.tokens), x.view(-1, s.cfg.segment_len), {}
+    cfg = setup.cfg
+    ids = torch.randint(cfg.vocab_size, (setup.rows, setup.tokens + 1), device=setup.device)
+    x = ids[:, :-1].contiguous()  # (B, T)
+    y = ids[:, 1:].contiguous()  # (B, T)
+    segments = x.view(-1, cfg.segment_len)  # (B*G, S)
+    window = replace(cfg, n_mem_layer=0)
+    full = replace(window, segment_len=setup.tokens)
 
-    def enter(name: str, model: nn.Module, idx: Tensor | None = None) -> None:
-        model = model.to(s.device).train()
+    def ours(sizes: LM2Config) -> Contender:
+        model = LM2(sizes).to(setup.device).train()
 
-        def loss() -> Tensor:
-            if idx is None:
-                return model(x, y)[1]
-            out = model(idx)
-            logits = out if isinstance(out, Tensor) else out.logits
-            return F.cross_entropy(logits.flatten(0, -2).float(), y.flatten())      # as in lm2.py
-        found[name] = model, s.training_step(model, loss)
+        def loss_of() -> Tensor:
+            _, loss, _ = model(x, y)
+            return loss
 
-    enter("LM2", LM2(s.cfg))
-    enter("Llama", LM2(llama))
+        return Contender(model, setup.training_step(model, loss_of))
+
+    def theirs(model: nn.Module, idx: Tensor) -> Contender:
+        model = model.to(setup.device).train()
+
+        def loss_of() -> Tensor:
+            logits = model(idx)
+            return F.cross_entropy(logits.flatten(0, -2).float(), y.flatten())  # as in lm2.py
+
+        return Contender(model, setup.training_step(model, loss_of))
+
+    found = {"LM2": ours(cfg), "Llama": ours(window)}
     if others:
-        enter("Llama, full", LM2(full))
-        enter("plain PyTorch", PlainLlama(llama), rows)
+        found["Llama, full"] = ours(full)
+        found["plain PyTorch"] = theirs(PlainLlama(window), segments)
         try:
-            from transformers import LlamaConfig, LlamaForCausalLM
+            found["transformers"] = theirs(TransformersLlama(window), segments)
+            found["transformers, full"] = theirs(TransformersLlama(full), x)
         except ImportError:
-            return found
-        for name, c, idx in (("transformers", llama, rows), ("transformers, full", full, x)):
-            enter(name, LlamaForCausalLM(LlamaConfig(
-                vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.ffn_dim, use_cache=False,
-                num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
-                max_position_embeddings=c.segment_len, rms_norm_eps=c.norm_eps, attn_implementation="sdpa",
-                tie_word_embeddings=c.tie_embeddings)), idx)
+            pass  # the printed table says so
     return found
 
 
-def warm_up(s: Setup, found: dict) -> tuple[dict, dict]:
-    """Two steps each, compiled first if that is asked for -> {name: step}, {name: seconds of both}."""
-    if s.compile:
-        torch.compiler.reset()  # what an earlier part compiled counts towards the limit of recompilations
-        for model, _ in found.values():
-            compile_blocks(model)
-    steps = {name: step for name, (_, step) in found.items()}
-    return steps, {name: sum(t) for name, t in s.alternate(steps, 2).items()}
+def warm_up(setup: Setup, found: dict[str, Contender]) -> tuple[dict[str, Step], dict[str, float]]:
+    """Take two steps with each contender, which is compiled first if that is asked for -> by name
+    the steps, and the seconds that the two took."""
+    if setup.compile:
+        # What an earlier part has compiled would count towards the limit of recompilations.
+        torch.compiler.reset()
+        for contender in found.values():
+            if isinstance(contender.model, LM2):
+                compile_blocks(contender.model)
+            else:
+                contender.model.compile()
+    steps = {name: contender.step for name, contender in found.items()}
+    times = setup.alternate(steps, 2)
+    return steps, {name: sum(seconds) for name, seconds in times.items()}
 
 
-class Products(TorchDispatchMode):
-    """Counts the matrix products that run under it: {(operation, dtype, shapes and strides): how often}."""
+aten = torch.ops.aten
+Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides of a tensor
+
+
+class Product(NamedTuple):
+    """A matrix product, whatever the numbers in it."""
+
+    op: torch._ops.OpOverload
+    dtype: torch.dtype
+    layouts: tuple[Layout, ...]  # of its operands
+
+    def flops(self) -> int:
+        """A multiplication and an addition count as two."""
+        (a_shape, _), (b_shape, _) = self.layouts[-2:]
+        return 2 * math.prod(a_shape) * b_shape[-1]
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts the matrix products that run under it, by halves."""
+
     def __init__(self):
         super().__init__()
-        self.count: Counter = Counter()
+        self.count: Counter[Product] = Counter()
 
-    def add(self, op, operands: tuple[Tensor, ...], n: float) -> None:
-        self.count[op, operands[-1].dtype, tuple((tuple(x.shape), x.stride()) for x in operands)] += n
+    def add(self, op, operands: tuple[Tensor, ...], times: float) -> None:
+        layouts = tuple((tuple(x.shape), x.stride()) for x in operands)
+        self.count[Product(op, operands[-1].dtype, layouts)] += times
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if kwargs is None:
+            kwargs = {}
         if func in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default):
             self.add(func, args, 1)
-        elif func.__name__.startswith("_scaled_dot_product"):  # q, or backward its gradient, (R, H, T, d)
+        elif func.__name__.startswith("_scaled_dot_product"):
+            # The first argument is q, or in the backward pass its gradient, (R, H, T, d).
             q = torch.empty(args[0].shape, dtype=args[0].dtype, device="meta").flatten(0, 1)
-            A = q.new_empty(*q.shape[:2], q.shape[1])                               # (R*H, T, T)
-            # halves, as the mask is causal: forward Q K^T and A V, backward dA and then dV, dQ, dK
+            A = q.new_empty(*q.shape[:2], q.shape[1])  # (R*H, T, T)
+            # These are halves, as the mask is causal. Forward there are Q K^T and A V, backward dA
+            # and then dV, dQ and dK.
+            is_backward = "backward" in func.__name__
             self.add(aten.bmm.default, (q, q.mT), 0.5)
-            self.add(aten.bmm.default, (A, q), 1.5 if "backward" in func.__name__ else 0.5)
-        return func(*args, **(kwargs or {}))
+            self.add(aten.bmm.default, (A, q), 1.5 if is_backward else 0.5)
+        return func(*args, **kwargs)
 
 
-def record(step: Callable) -> Counter:
-    with Products() as products:
+def products_of(step: Step) -> Counter[Product]:
+    """How often a training step makes each matrix product."""
+    with CountProducts() as products:
         step()
     return products.count
 
 
-def flops(product: tuple) -> int:
-    """A multiplication and an addition count as two."""
-    (a, _), (b, _) = product[2][-2:]
-    return 2 * math.prod(a) * b[-1]
+def gflop(count: Counter[Product]) -> float:
+    """The work of all these products."""
+    return sum(times * product.flops() for product, times in count.items()) / 1e9
 
 
-def gflop(count: Counter) -> float:
-    return sum(n * flops(product) for product, n in count.items()) / 1e9
-
-
-def train_steps(s: Setup) -> dict:
+def train_steps(setup: Setup) -> dict:
     """Tokens/s of whole training steps: forward, backward, clipping, AdamW."""
-    found = contenders(s, others=True)
-    work = {name: gflop(record(found[name][1])) for name in ("LM2", "Llama")}
-    steps, warm = warm_up(s, found)
-    times, n = s.alternate(steps, s.rounds), s.rows * s.tokens
-    print(f"\ntrain: whole steps; attention sees {s.cfg.segment_len} tokens, if full {s.tokens:,}\n"
-          f"{'':20}{'M params':>9}{'warm-up s':>11}{'step s':>9}{'tokens/s [least, most]':>28}")
-    for name, t in times.items():
-        params = sum(p.numel() for p in found[name][0].parameters()) / 1e6
-        print(f"{name:20}{params:9.2f}{warm[name]:11.2f}{median(t):9.3f}"
-              f"{spread((n / median(t), n / max(t), n / min(t)), ',.0f'):>28}")
-    pairs = [("LM2", "Llama"), ("Llama", "plain PyTorch"), ("Llama", "transformers"),
-             ("Llama, full", "transformers, full")]
-    ratios = {f"{a} / {b}": ratio(times[b], times[a]) for a, b in pairs if b in times}
-    print(f"tokens/s [least, greatest]; the matrix products of LM2 and the Llama, {work['LM2']:.1f} and\n"
-          f"{work['Llama']:.1f} GFLOP a step, would allow LM2 / Llama {work['Llama'] / work['LM2']:.2f}")
-    for name, r in ratios.items():
-        print(f"  {name:40}{spread(r)}")
+    found = contenders(setup, others=True)
+    work = {name: gflop(products_of(found[name].step)) for name in ("LM2", "Llama")}
+    steps, warm_up_seconds = warm_up(setup, found)
+    times = setup.alternate(steps, setup.rounds)
+    n_tokens = setup.rows * setup.tokens
+    print(
+        f"\ntrain: whole steps; attention sees {setup.cfg.segment_len} tokens, "
+        f"if full {setup.tokens:,}"
+    )
+    print(f"{'':20}{'M params':>9}{'warm-up s':>11}{'step s':>9}{'tokens/s [least, most]':>28}")
+    for name, seconds in times.items():
+        n_params = sum(p.numel() for p in found[name].model.parameters())
+        median = statistics.median(seconds)
+        rates = n_tokens / median, n_tokens / max(seconds), n_tokens / min(seconds)
+        print(
+            f"{name:20}{n_params / 1e6:9.2f}{warm_up_seconds[name]:11.2f}{median:9.3f}"
+            f"{shown(rates, ',.0f'):>28}"
+        )
+    ratios = {}
+    for a, b in (
+        ("LM2", "Llama"),
+        ("Llama", "plain PyTorch"),
+        ("Llama", "transformers"),
+        ("Llama, full", "transformers, full"),
+    ):
+        if b in times:
+            ratios[f"{a} / {b}"] = ratio(times[b], times[a])
+    print(
+        "tokens/s [least, greatest]; the matrix products of LM2 and the Llama, "
+        f"{work['LM2']:.1f} and\n{work['Llama']:.1f} GFLOP a step, would allow LM2 / Llama "
+        f"{work['Llama'] / work['LM2']:.2f}"
+    )
+    for name, spread in ratios.items():
+        print(f"  {name:40}{shown(spread)}")
     if "transformers" not in times:
         print("  transformers is not installed: no rows of it")
-    return dict(seconds=times, warm_up=warm, ratios=ratios, gflop=work)
+    return dict(seconds=times, warm_up=warm_up_seconds, ratios=ratios, gflop=work)
 
 
-def products(s: Setup) -> dict:
-    """Utilisation: what a step's matrix products take when each is timed alone, by what the step takes."""
-    found = contenders(s)
-    counts = {name: record(step) for name, (_, step) in found.items()}
-    n, dtype = 256 if s.quick else 8192 if s.cuda else 2048, torch.bfloat16 if s.cuda else torch.float32
-    square = (aten.mm.default, dtype, (((n, n), (n, 1)),) * 2)
-    calls, often = warm_up(s, found)[0], {}
+def random_operand(layout: Layout, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random numbers in a tensor of this shape and these strides."""
+    shape, strides = layout
+    size = 1
+    for n, stride in zip(shape, strides, strict=True):
+        size += (n - 1) * stride
+    return torch.randn(size, dtype=dtype, device=device).as_strided(shape, strides)
+
+
+def repeated(setup: Setup, product: Product) -> tuple[Callable[[], None], int]:
+    """A call that makes a product again and again for some 20 ms, and how often it does so."""
+    operands = []
+    for layout in product.layouts:
+        operands.append(random_operand(layout, product.dtype, setup.device))
+
+    def call(times: int) -> None:
+        for _ in range(times):
+            product.op(*operands)
+
+    tries = [setup.seconds(partial(call, 3)) for _ in range(3)]
+    once = min(tries) / 3
+    goal = 0.002 if setup.quick else 0.02
+    times = math.ceil(goal / once)
+    return partial(call, times), times
+
+
+def products(setup: Setup) -> dict:
+    """Utilisation: the seconds that the matrix products of a step take when each is timed alone,
+    over the seconds of the step."""
+    found = contenders(setup)
+    counts = {name: products_of(contender.step) for name, contender in found.items()}
+    if setup.quick:
+        n = 256
+    elif setup.on_cuda:
+        n = 8192
+    else:
+        n = 2048
+    dtype = torch.bfloat16 if setup.on_cuda else torch.float32
+    n_by_n = (n, n), (n, 1)
+    square = Product(aten.mm.default, dtype, (n_by_n, n_by_n))
+    calls, _ = warm_up(setup, found)
+    repeats = {}
     for product in {square, *counts["LM2"], *counts["Llama"]}:
-        op, dtype, layouts = product
-        sizes = [1 + sum((n - 1) * step for n, step in zip(*layout)) for layout in layouts]
-        operands = [torch.randn(size, dtype=dtype, device=s.device).as_strided(*layout)
-                    for size, layout in zip(sizes, layouts)]
-
-        def call(product=product, op=op, operands=operands):
-            for _ in range(often[product]):
-                op(*operands)
-        often[product] = 3
-        once = min(s.seconds(call) for _ in range(3)) / 3
-        often[product] = math.ceil((0.002 if s.quick else 0.02) / once)              # to take 20 ms
-        calls[product] = call
-    times = s.alternate(calls, s.rounds)
-    alone = {product: median(times[product]) / k for product, k in often.items()}
-    print(f"\nproducts: {len(often) - 1} distinct matrix products, each timed alone, by the step's seconds\n"
-          f"{'':20}{'GFLOP':>9}{'alone s':>11}{'GFLOP/s':>10}{'step s':>9}{'utilisation':>14}")
+        calls[product], repeats[product] = repeated(setup, product)
+    times = setup.alternate(calls, setup.rounds)
+    alone = {}  # seconds of a product
+    for product, repeat in repeats.items():
+        alone[product] = statistics.median(times[product]) / repeat
+    print(
+        f"\nproducts: {len(repeats) - 1} distinct matrix products, each timed alone, "
+        "by the step's seconds"
+    )
+    print(f"{'':20}{'GFLOP':>9}{'alone s':>11}{'GFLOP/s':>10}{'step s':>9}{'utilisation':>14}")
     figures = {}
     for name, count in counts.items():
-        ideal, step, work = sum(k * alone[p] for p, k in count.items()), median(times[name]), gflop(count)
+        ideal = sum(how_often * alone[product] for product, how_often in count.items())
+        step = statistics.median(times[name])
+        work = gflop(count)
         figures[name] = dict(gflop=work, alone=ideal, step=times[name], utilisation=ideal / step)
-        print(f"{name:20}{work:9.2f}{ideal:11.4f}{work / ideal:10,.0f}{step:9.4f}{ideal / step:14.2f}")
-    peak, bound = flops(square) / alone[square] / 1e9, figures["Llama"]["alone"] / figures["LM2"]["alone"]
-    print(f"{f'{n} x {n}':20}{flops(square) / 1e9:9.2f}{alone[square]:11.4f}{peak:10,.0f}\n"
-          f"alone they would allow LM2 / Llama {bound:.2f}")
+        print(
+            f"{name:20}{work:9.2f}{ideal:11.4f}{work / ideal:10,.0f}{step:9.4f}{ideal / step:14.2f}"
+        )
+    peak = square.flops() / alone[square] / 1e9
+    bound = figures["Llama"]["alone"] / figures["LM2"]["alone"]
+    label = f"{n} x {n}"
+    print(f"{label:20}{square.flops() / 1e9:9.2f}{alone[square]:11.4f}{peak:10,.0f}")
+    print(f"alone they would allow LM2 / Llama {bound:.2f}")
     return dict(figures, square_gflops=peak, bound=bound)
 
 
-def read_alone(s: Setup, length: int) -> tuple[int, int]:
-    """Peak memory in bytes, the document apart: (model in place and one token read, document read)."""
-    peak = torch.cuda.max_memory_allocated if s.cuda else peak_memory
-    model, document = s.reader(), s.document(length)
-    model.read(document[:, :1])
+@torch.no_grad()
+def read_alone(setup: Setup, length: int) -> tuple[int, int]:
+    """The peak memory in bytes, without the document, once the model has seen a token, and once it
+    has read the document."""
+    peak = torch.cuda.max_memory_allocated if setup.on_cuda else peak_memory
+    model = setup.reader()
+    document = setup.document(length)
+    model(document[:, :1])  # `read` would only keep the id
     before = peak()
     model.read(document)
     return before - document.nbytes, peak() - document.nbytes
 
 
-def read(s: Setup) -> dict:
+def read_in_a_process_of_its_own(setup: Setup, length: int) -> tuple[int, int]:
+    """What `read_alone` returns: a process of its own is needed, as a peak never falls."""
+    command = [sys.executable, __file__, "--read_alone", str(length)]
+    command += ["--device", str(setup.device), "--threads", str(torch.get_num_threads())]
+    if setup.quick:
+        command.append("--quick")
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    before, peak = json.loads(output)
+    return before, peak
+
+
+def read(setup: Setup) -> dict:
     """Seconds and peak memory of LM2.read on documents of growing length."""
-    lengths = [1000, 4000, 16_000] if s.quick else [1000, 4000, 16_000, 64_000, 256_000, 1_000_000]
-    memory, model, often = {}, s.reader(), {}
-    for n in lengths:  # a process each: a peak never falls
-        command = [sys.executable, __file__, "--read_alone", str(n), "--device", str(s.device),
-                   "--threads", str(torch.get_num_threads()), *["--quick"] * s.quick]
-        memory[n] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    documents = {n: s.document(n) for n in lengths}
-    second = min(s.seconds(lambda: model.read(documents[4000])) for _ in range(3)) / 4000   # a token's, about
-    often = {n: math.ceil((0.1 if s.quick else 1) / (n * second)) for n in lengths}
-    calls = {n: lambda n=n: [model.read(documents[n]) for _ in range(often[n])] for n in lengths}
-    times = {n: [x / often[n] for x in t] for n, t in s.alternate(calls, min(3, s.rounds)).items()}
-    print(f"\nread: {model.n_params()[0]:,} parameters, segments of {model.cfg.segment_len}, batch 1. Peak: "
-          f"{'allocated on the device' if s.cuda else 'resident set'}\nof a process of its own, less the "
-          f"document's ids; grown: since it had read a token\n"
-          f"{'tokens':20}{'s':>9}{'us/token':>11}{'peak MiB':>10}{'grown MiB':>11}")
-    for n, (before, peak) in memory.items():
-        t = median(times[n])
-        print(f"{length_name(n):20}{t:9.3f}{1e6 * t / n:11.1f}{peak / 2**20:10.1f}"
-              f"{(peak - before) / 2**20:11.1f}")
-    short, middle, long = lengths[0], lengths[len(lengths) // 2], lengths[-1]
-    slower, larger = ratio(times[long], times[middle]), memory[long][1] / memory[short][1]
-    print(f"{length_name(long)} / {length_name(middle)}: time {spread(slower)}, tokens {long / middle:.1f}; "
-          f"{length_name(long)} / {length_name(short)}: peak {larger:.3f}")
+    lengths = [1000, 4000, 16_000]
+    if not setup.quick:
+        lengths += [64_000, 256_000, 1_000_000]
+    memory = {length: read_in_a_process_of_its_own(setup, length) for length in lengths}
+    model = setup.reader()
+    documents = {length: setup.document(length) for length in lengths}
+    tries = [setup.seconds(partial(model.read, documents[4000])) for _ in range(3)]
+    seconds_a_token = min(tries) / 4000
+    goal = 0.1 if setup.quick else 1.0  # seconds, so that short documents are read several times
+    repeats = {length: math.ceil(goal / (length * seconds_a_token)) for length in lengths}
+
+    def read_repeatedly(length: int) -> None:
+        for _ in range(repeats[length]):
+            model.read(documents[length])
+
+    calls = {length: partial(read_repeatedly, length) for length in lengths}
+    times = {}
+    for length, seconds in setup.alternate(calls, min(3, setup.rounds)).items():
+        times[length] = [x / repeats[length] for x in seconds]
+    what = "allocated on the device" if setup.on_cuda else "resident set"
+    print(
+        f"\nread: {model.n_params()[0]:,} parameters, segments of {model.cfg.segment_len}, "
+        f"batch 1. Peak: {what}\n"
+        "of a process of its own, less the document's ids; grown: since it had read a token"
+    )
+    print(f"{'tokens':20}{'s':>9}{'us/token':>11}{'peak MiB':>10}{'grown MiB':>11}")
+    for length, (before, peak) in memory.items():
+        median = statistics.median(times[length])
+        print(
+            f"{length_name(length):20}{median:9.3f}{1e6 * median / length:11.1f}"
+            f"{peak / 2**20:10.1f}{(peak - before) / 2**20:11.1f}"
+        )
+    short = lengths[0]
+    middle = lengths[len(lengths) // 2]
+    long = lengths[-1]
+    slower = ratio(times[long], times[middle])
+    larger = memory[long][1] / memory[short][1]
+    print(
+        f"{length_name(long)} / {length_name(middle)}: time {shown(slower)}, "
+        f"tokens {long / middle:.1f}; "
+        f"{length_name(long)} / {length_name(short)}: peak {larger:.3f}"
+    )
     return dict(seconds=times, memory=memory, time_ratio=slower, memory_ratio=larger)
 
 
-def generate(s: Setup) -> dict:
-    """Tokens/s of cached greedy generation behind a short and a long document, a segment of each in turn."""
-    model, rounds = s.reader(), s.rounds if s.quick else 4 * s.rounds
-    S, lengths = model.cfg.segment_len, (100, 1000) if s.quick else (1000, 128_000)
-    streams = {length_name(n): model.stream(s.document(n), (rounds + 2) * S) for n in lengths}
-    calls = {name: lambda x=x: [new.item() for new in itertools.islice(x, S)] for name, x in streams.items()}
-    s.alternate(calls, 1)                                                           # reads the document, too
-    times = s.alternate(calls, rounds)
-    print(f"\ngenerate: greedy, the median of {rounds} segments of {S} tokens\n"
-          f"{'tokens before':20}{'tokens/s':>9}{'ms/token':>11}")
-    for name, t in times.items():
-        print(f"{name:20}{S / median(t):9,.1f}{1e3 * median(t) / S:11.3f}")
-    short, long = times
-    rates = ratio(times[short], times[long])
-    print(f"{long} / {short}: tokens/s {spread(rates)}")
+def generate(setup: Setup) -> dict:
+    """Tokens/s of greedy generation behind a short and a long document, which take turns after each
+    segment."""
+    model = setup.reader()
+    rounds = setup.rounds if setup.quick else 4 * setup.rounds
+    S = model.cfg.segment_len
+    short, long = (100, 1000) if setup.quick else (1000, 128_000)
+
+    def next_segment(stream) -> None:
+        for new in itertools.islice(stream, S):
+            new.item()  # waits for the device, as whoever prints a token does
+
+    calls = {}
+    for length in (short, long):
+        stream = model.stream(setup.document(length), (rounds + 2) * S)
+        calls[length_name(length)] = partial(next_segment, stream)
+    setup.alternate(calls, 1)  # reads the documents, too
+    times = setup.alternate(calls, rounds)
+    print(f"\ngenerate: greedy, the median of {rounds} segments of {S} tokens")
+    print(f"{'tokens before':20}{'tokens/s':>9}{'ms/token':>11}")
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        print(f"{name:20}{S / median:9,.1f}{1e3 * median / S:11.3f}")
+    rates = ratio(times[length_name(short)], times[length_name(long)])
+    print(f"{length_name(long)} / {length_name(short)}: tokens/s {shown(rates)}")
     return dict(seconds=times, tokens=S, ratio=rates)
 
 
-def batches(s: Setup) -> dict:
-    """Speed of making training batches, and its share of a step of the default model on them."""
-    c, builder = train.TrainConfig(**dict(batch_size=4) if s.quick else {}), Builder(load(), "train")
-    model = LM2(LM2Config(**PRESETS[c.preset] | dict(vocab_size=builder.tokenizer.n_vocab))).to(s.device)
-    stages, figures, numbers = c.stages.split(), {}, itertools.count()
-    maker = Maker(builder, tuple(c.tasks.split()), c.batch_size, c.batch_tokens, c.plain, c.asides,
-                  c.seed, c.accumulate)
-    print(f"\ndata: making the default batches, and steps of {model.n_params()[0]:,} parameters on them\n"
-          f"{'stage':24}{'documents/s':>13}{'tokens/s':>12}{'step tokens/s':>15}{'share in %':>12}")
-    for text in (stages[0], stages[len(stages) // 2], stages[-1]):
-        stage, made, rows = Stage.parse(text, model.cfg.segment_len), [], []
-        step = s.training_step(model, lambda batch: model(
-            batch.idx, batch.targets, keep=batch.keep, segment_len=stage.segment_len)[1])
+def batches(setup: Setup) -> dict:
+    """The speed at which training batches are made, and the share of time that this takes beside
+    steps of the default model on them."""
+    c = train.TrainConfig(batch_size=4) if setup.quick else train.TrainConfig()
+    builder = Builder(load(), "train")
+    sizes = PRESETS[c.preset] | dict(vocab_size=builder.tokenizer.n_vocab)
+    model = LM2(LM2Config(**sizes)).to(setup.device)
+    maker = Maker(
+        builder,
+        tuple(c.tasks.split()),
+        c.batch_size,
+        c.batch_tokens,
+        c.plain,
+        c.asides,
+        c.seed,
+        c.accumulate,
+    )
+    numbers = itertools.count()
+    batches_a_round = 1 if setup.quick else 4
 
-        def make():
-            made[:] = [maker[stage, next(numbers)][1] for _ in range(1 if s.quick else 4)]
+    def make(stage: Stage) -> list[Batch]:
+        made = []
+        for number in itertools.islice(numbers, batches_a_round):
+            _, batch = maker[stage, number]
+            made.append(batch)
+        return made
 
-        def steps():
+    def loss_of(batch: Batch, segment_len: int) -> Tensor:
+        answers = batch.targets.flatten()[batch.keep]
+        _, loss, _ = model(batch.idx, answers, at=batch.keep, segment_len=segment_len)
+        return loss
+
+    def take_steps(step: Step, stage: Stage, made: list[Batch]) -> None:
+        for batch in made:
+            step(batch.to(setup.device), stage.segment_len)
+
+    print(
+        "\ndata: making the default batches, and steps of "
+        f"{model.n_params()[0]:,} parameters on them"
+    )
+    heads = f"{'documents/s':>13}{'tokens/s':>12}{'step tokens/s':>15}{'share in %':>12}"
+    print(f"{'stage':24}{heads}")
+    texts = c.stages.split()
+    figures = {}
+    for text in (texts[0], texts[len(texts) // 2], texts[-1]):
+        stage = Stage.parse(text, model.cfg.segment_len)
+        step = setup.training_step(model, loss_of)
+        take_steps(step, stage, make(stage))  # the first ones are slow
+        making = 0.0
+        stepping = 0.0
+        n_documents = 0
+        n_tokens = 0
+        for _ in range(setup.rounds):
+            start = setup.clock()
+            made = make(stage)
+            making += setup.clock() - start
+            stepping += setup.seconds(partial(take_steps, step, stage, made))
             for batch in made:
-                step(batch.to(s.device))
-        make(), steps()
-        for _ in range(s.rounds):
-            rows.append((s.seconds(make), s.seconds(steps), sum(len(batch.idx) for batch in made),
-                         sum(batch.idx.numel() for batch in made)))
-        making, stepping, documents, tokens = (sum(column) for column in zip(*rows))
-        figures[str(stage)] = dict(making=making, stepping=stepping, documents=documents, tokens=tokens)
-        print(f"{str(stage):24}{documents / making:13,.0f}{tokens / making:12,.0f}{tokens / stepping:15,.0f}"
-              f"{100 * making / (making + stepping):12.2f}")
+                n_documents += len(batch.idx)
+                n_tokens += batch.idx.numel()
+        figures[str(stage)] = dict(
+            making=making, stepping=stepping, documents=n_documents, tokens=n_tokens
+        )
+        print(
+            f"{str(stage):24}{n_documents / making:13,.0f}{n_tokens / making:12,.0f}"
+            f"{n_tokens / stepping:15,.0f}{100 * making / (making + stepping):12.2f}"
+        )
     return figures
 
 
-def profile(s: Setup) -> dict:
-    """The operations that take most of a training step, 25 each; their own time, not of those they call."""
-    steps, figures = warm_up(s, contenders(s))[0], {}
-    key = "self_device_time_total" if s.cuda else "self_cpu_time_total"
-    torch.ones(2**28)  # a gigabyte, freed at once: else the profiler's notes make the step fetch new pages
+def profile(setup: Setup) -> dict:
+    """The 25 operations that take most of a training step, by their own time, without the time of
+    those that they call."""
+    steps, _ = warm_up(setup, contenders(setup))
+    key = "self_device_time_total" if setup.on_cuda else "self_cpu_time_total"
+    # A gigabyte is taken and freed at once. Otherwise the step would fetch new pages from the
+    # system because of the profiler's notes.
+    torch.ones(2**28)
+    figures = {}
     for name, step in steps.items():
-        with torch.profiler.profile() as p:  # of the processor, and of CUDA where it is
-            s.seconds(step)
-        events = [x for x in p.key_averages() if x.device_type == torch.autograd.DeviceType.CPU]
-        rows = sorted(((getattr(x, key) / 1e3, x.count, x.key) for x in events), reverse=True)
-        total = sum(ms for ms, *_ in rows)
-        print(f"\n{name}: {total:.1f} ms on {s.device}\n{'operation':60}{'ms':>12}{'%':>8}{'calls':>8}")
-        for ms, count, op in rows[:25]:
-            print(f"{op[:59]:60}{ms:12.2f}{100 * ms / total:8.1f}{count:8d}")
+        with torch.profiler.profile() as profiler:  # of the CPU, and of CUDA where that is
+            setup.seconds(step)
+        rows = []
+        for event in profiler.key_averages():
+            if event.device_type == torch.autograd.DeviceType.CPU:
+                rows.append((getattr(event, key) / 1e3, event.count, event.key))
+        rows.sort(reverse=True)
+        total = sum(ms for ms, _, _ in rows)
+        print(f"\n{name}: {total:.1f} ms on {setup.device}")
+        print(f"{'operation':60}{'ms':>12}{'%':>8}{'calls':>8}")
+        for ms, count, operation in rows[:25]:
+            print(f"{operation[:59]:60}{ms:12.2f}{100 * ms / total:8.1f}{count:8d}")
         figures[name] = rows
     return figures
 
@@ -411,54 +704,100 @@ def profile(s: Setup) -> dict:
 PARTS = dict(train=train_steps, products=products, read=read, generate=generate, data=batches)
 
 
-def machine(s: Setup) -> str:
+def machine(setup: Setup) -> str:
+    """What the figures were measured on, in a line."""
+    processor = platform.processor()
     info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    name = next((x.split(": ")[1] for x in lines if x.startswith("model name")), platform.processor())
-    where = f"{torch.cuda.get_device_name(s.device)}, bfloat16" if s.cuda else "float32"
-    return f"{name}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, {where}"
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                processor = line.split(": ")[1]
+                break
+    where = "float32"
+    if setup.on_cuda:
+        where = f"{torch.cuda.get_device_name(setup.device)}, bfloat16"
+    n_threads = torch.get_num_threads()
+    return f"{processor}, {n_threads} threads, PyTorch {torch.__version__}, {where}"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("bench.py", __doc__.split("\n")[0])
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART",
-                        help=f"what to measure: {', '.join(PARTS)} (default all)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes (default off)")
-    parser.add_argument("--rounds", type=int, help="of each measurement (default 5, with --quick 2)")
-    parser.add_argument("--profile", action="store_true",
-                        help="instead of the parts: the operations of a training step (default off)")
-    parser.add_argument("--compile", action="store_true",
-                        help="training steps of train, products and --profile compiled (default off)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default 0: PyTorch's choice)")
-    parser.add_argument("--out", help="new JSON file for the figures (default none)")
-    parser.add_argument("--read_alone", type=int, help=SUPPRESS)  # what `read` starts for a length
+    add = parser.add_argument
+    add(
+        "--parts",
+        nargs="+",
+        default=list(PARTS),
+        choices=PARTS,
+        metavar="PART",
+        help=f"what to measure: {', '.join(PARTS)} (default all)",
+    )
+    add("--quick", action="store_true", help="use tiny sizes (default off)")
+    add(
+        "--rounds",
+        type=int,
+        help="how often each measurement is made (default 5, with --quick 2)",
+    )
+    add(
+        "--profile",
+        action="store_true",
+        help="show the operations of a training step instead of the parts (default off)",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the training steps of train, products and --profile (default off)",
+    )
+    add("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    add("--threads", type=int, default=0, help="CPU threads (default 0: PyTorch's choice)")
+    add("--out", help="new file to write the figures to, as JSON (default none)")
+    add("--read_alone", type=int, help=SUPPRESS)  # what `read` starts for each length
     args = parser.parse_args(argv)
-    rounds = (2 if args.quick else 5) if args.rounds is None else args.rounds
+    rounds = args.rounds
+    if rounds is None:
+        rounds = 2 if args.quick else 5
     keep_freed_memory()
     with one_line("bench.py"):
-        for name, value, least in (("rounds", rounds, 1), ("threads", args.threads, 0)):
-            if value < least:
-                raise ValueError(f"--{name} {value} must be at least {least}")
-        if args.out and (Path(args.out).exists() or not Path(args.out).absolute().parent.is_dir()):
-            raise ValueError(f"--out {args.out}: name a new file in a folder that is there")
+        if rounds < 1:
+            raise ValueError(f"--rounds {rounds} must be at least 1")
+        if args.threads < 0:
+            raise ValueError(f"--threads {args.threads} must be at least 0")
+        if args.out:
+            out = Path(args.out)
+            if out.exists() or not out.absolute().parent.is_dir():
+                raise ValueError(f"--out {out}: name a new file in a folder that is there")
         device = pick_device(args.device)
-        torch.set_num_threads(args.threads or torch.get_num_threads())
-        sizes, rows, tokens = SIZES["quick" if args.quick else device.type]
-        s = Setup(device, LM2Config(**sizes), rows, tokens, rounds, args.compile, args.quick)
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        sizes, rows, tokens = STEPS["quick" if args.quick else device.type]
+        cfg = LM2Config(**sizes)
+        setup = Setup(device, cfg, rows, tokens, rounds, args.compile, args.quick)
         if args.read_alone:
-            return print(json.dumps(read_alone(s, args.read_alone)))
+            print(json.dumps(read_alone(setup, args.read_alone)))
+            return
         with torch.device("meta"):
-            total, memory = LM2(s.cfg).n_params()
+            n_params, n_memory = LM2(cfg).n_params()
         shape = ", ".join(f"{name} {value}" for name, value in sizes.items())
-        shape = textwrap.fill(f"training steps of {rows} x {tokens:,} tokens; {shape}", 80)
-        print(machine(s), shape, f"LM2 {total:,} parameters, {memory:,} of them memory; "
-              f"{rounds} rounds{', compiled' * args.compile}", sep="\n", flush=True)
-        figures = dict(machine=machine(s), sizes=sizes, rows=rows, tokens=tokens, rounds=rounds,
-                       compiled=args.compile)
-        for name in ["profile"] if args.profile else dict.fromkeys(args.parts):
-            figures[name] = (PARTS | dict(profile=profile))[name](s)
-            sys.stdout.flush()
+        print(machine(setup))
+        print(textwrap.fill(f"training steps of {rows} x {tokens:,} tokens; {shape}", 80))
+        compiled = ", compiled" if args.compile else ""
+        print(
+            f"LM2 {n_params:,} parameters, {n_memory:,} of them memory; {rounds} rounds{compiled}",
+            flush=True,
+        )
+        figures = dict(
+            machine=machine(setup),
+            sizes=sizes,
+            rows=rows,
+            tokens=tokens,
+            rounds=rounds,
+            compiled=args.compile,
+        )
+        if args.profile:
+            figures["profile"] = profile(setup)
+        else:
+            for name in dict.fromkeys(args.parts):
+                figures[name] = PARTS[name](setup)
+                sys.stdout.flush()
         if args.out:
             save_json(figures, args.out)
 

@@ -1,17 +1,19 @@
-"""LM2 once more, one document in plain loops over tokens, heads and slots: slow, written from the equations.
+"""LM2 once more, one document in plain loops over tokens, heads and slots: the equations, slowly.
 
-    from reference import document_logits       # used by test_model.py, writes nothing
+    from reference import document_logits  # used by test_model.py, writes nothing
 
-It shares no code with lm2.py and works on vectors only (no matrix product, no batch, no cache); autograd
-gives the gradients as well. `w`: parameters by name, `c`: the configuration, `ids`: a list of token ids.
+It shares no code with lm2.py and knows vectors only: no matrix product, no batch, no cache. The
+gradients come from autograd. `w` holds the parameters by name, `cfg` is the configuration, `ids` a
+list of token ids.
 """
+
 import math
 
 import torch
 
 
 def times(weight, x):
-    """weight (out, in), x (in) -> (out): one row at a time."""
+    """weight (out, in), x (in) -> (out), one row at a time."""
     return torch.stack([(row * x).sum() for row in weight])
 
 
@@ -20,7 +22,7 @@ def rms_norm(x, weight, eps):
 
 
 def softmax(scores):
-    """list of scalars -> list of scalars that sum to one"""
+    """A list of numbers -> a list of numbers that sum to one."""
     top = max(s.item() for s in scores)
     e = [torch.exp(s - top) for s in scores]
     total = sum(e)
@@ -31,134 +33,144 @@ def sigmoid(x):
     return 1 / (1 + torch.exp(-x))
 
 
-def frequency(c, i):
-    """Angle per position of the pair (2i, 2i+1); Llama-3 scaling as its three cases of the wave length."""
-    width = c.n_embd // c.n_head
-    f = 1 / c.rope_theta ** (2 * i / width)
-    if c.rope_scaling is None:
+def frequency(cfg, i):
+    """The angle by which a position turns the pair (2i, 2i+1); Llama 3's scaling as three cases of
+    the wave length."""
+    width = cfg.n_embd // cfg.n_head
+    f = 1 / cfg.rope_theta ** (2 * i / width)
+    if cfg.rope_scaling is None:
         return f
-    s = c.rope_scaling
-    context, low, high = s["original_max_position_embeddings"], s["low_freq_factor"], s["high_freq_factor"]
+    context = cfg.rope_scaling["original_max_position_embeddings"]
+    low = cfg.rope_scaling["low_freq_factor"]
+    high = cfg.rope_scaling["high_freq_factor"]
+    factor = cfg.rope_scaling["factor"]
     wave = 2 * math.pi / f
     if wave < context / high:
         return f
     if wave > context / low:
-        return f / s["factor"]
+        return f / factor
     smooth = (context / wave - low) / (high - low)
-    return (1 - smooth) * f / s["factor"] + smooth * f
+    return (1 - smooth) * f / factor + smooth * f
 
 
-def tables(c):
-    """cos[position][pair], sin[position][pair] in double precision"""
-    angles = [[p * frequency(c, i) for i in range(c.n_embd // c.n_head // 2)]
-              for p in range(c.segment_len + 2 * c.n_mem_token)]
-    return ([[math.cos(a) for a in row] for row in angles], [[math.sin(a) for a in row] for row in angles])
-
-
-def turn(x, cos, sin):
-    """RoPE on one head's vector: the pairs are neighbours (2i, 2i+1)."""
+def turn(cfg, x, position):
+    """RoPE on one head's vector: neighbours (2i, 2i+1) are a pair."""
     out = []
     for i in range(len(x) // 2):
+        angle = position * frequency(cfg, i)
         a, b = x[2 * i], x[2 * i + 1]
-        out += [a * cos[i] - b * sin[i], a * sin[i] + b * cos[i]]
+        out.append(a * math.cos(angle) - b * math.sin(angle))
+        out.append(a * math.sin(angle) + b * math.cos(angle))
     return torch.stack(out)
 
 
-def self_attention(w, c, at, xs, cos, sin):
-    """xs: the segment's vectors. Query head h uses key/value head h // (H / KV)."""
-    width, share = c.n_embd // c.n_head, c.n_head // c.n_kv_head
+def self_attention(w, cfg, at, xs):
+    """xs: the vectors of a segment. Query head h uses the key/value head h // (H / KV)."""
+    width = cfg.n_embd // cfg.n_head
+    share = cfg.n_head // cfg.n_kv_head
 
     def head(name, x, h):
-        return times(w[at + f"attention.{name}.weight"][h * width:(h + 1) * width], x)
+        rows = w[at + f"attention.{name}.weight"][h * width : (h + 1) * width]
+        return times(rows, x)
 
-    queries, keys, values, out = [], [], [], []
-    for i, x in enumerate(xs):
-        x = rms_norm(x, w[at + "attention_norm.weight"], c.norm_eps)
-        queries.append([turn(head("wq", x, h), cos[i], sin[i]) for h in range(c.n_head)])
-        keys.append([turn(head("wk", x, h), cos[i], sin[i]) for h in range(c.n_kv_head)])
-        values.append([head("wv", x, h) for h in range(c.n_kv_head)])
+    queries = []
+    keys = []
+    values = []
+    for position, x in enumerate(xs):
+        x = rms_norm(x, w[at + "attention_norm.weight"], cfg.norm_eps)
+        queries.append([turn(cfg, head("wq", x, h), position) for h in range(cfg.n_head)])
+        keys.append([turn(cfg, head("wk", x, h), position) for h in range(cfg.n_kv_head)])
+        values.append([head("wv", x, h) for h in range(cfg.n_kv_head)])
+    out = []
     for i in range(len(xs)):
         heads = []
-        for h in range(c.n_head):
-            k, v = [row[h // share] for row in keys], [row[h // share] for row in values]
-            weights = softmax([(queries[i][h] * k[j]).sum() / math.sqrt(width) for j in range(i + 1)])
-            heads.append(sum(a * v[j] for j, a in enumerate(weights)))
+        for h in range(cfg.n_head):
+            kv = h // share
+            scores = [(queries[i][h] * keys[j][kv]).sum() / math.sqrt(width) for j in range(i + 1)]
+            heads.append(sum(a * values[j][kv] for j, a in enumerate(softmax(scores))))
         out.append(times(w[at + "attention.wo.weight"], torch.cat(heads)))
     return out
 
 
-def memory(w, c, at, xs, bank):
-    """One segment: what each token reads from `bank` (a list of N vectors), and the bank that it leaves."""
-    D, HM = c.n_embd, c.n_mem_head
-    width = D // HM
-    cut = [slice(h * width, (h + 1) * width) for h in range(HM)]
-
-    def gate(name, x):
-        return sigmoid(times(w[at + f"memory.{name}.weight"], x) + w[at + f"memory.{name}.bias"])
+def memory(w, cfg, at, xs, bank):
+    """One segment: what each token reads from `bank`, a list of N vectors, and the bank that the
+    segment leaves when it is written."""
+    width = cfg.n_embd // cfg.n_mem_head
+    cut = [slice(h * width, (h + 1) * width) for h in range(cfg.n_mem_head)]
 
     def project(name, x):
         return times(w[at + f"memory.{name}.weight"], x)
 
-    E = [rms_norm(x, w[at + "memory.token_norm.weight"], c.norm_eps) for x in xs]
-    normed = [rms_norm(m, w[at + "memory.bank_norm.weight"], c.norm_eps) for m in bank]
-    Q, K = [project("wq", e) for e in E], [project("wk", m) for m in normed]
-    V = [project("wv", m) for m in normed]
+    def gate(name, x):
+        return sigmoid(project(name, x) + w[at + f"memory.{name}.bias"])
+
+    E = [rms_norm(x, w[at + "memory.token_norm.weight"], cfg.norm_eps) for x in xs]
+    seen = [rms_norm(m, w[at + "memory.bank_norm.weight"], cfg.norm_eps) for m in bank]
+    Q = [project("wq", e) for e in E]
+    K = [project("wk", m) for m in seen]
+    V = [project("wv", m) for m in seen]
 
     def score(i, n, h):
         return (Q[i][cut[h]] * K[n][cut[h]]).sum() / math.sqrt(width)
 
     read = []
     for i in range(len(xs)):
-        E_mem = []
-        for h in range(HM):
-            A = softmax([score(i, n, h) for n in range(c.n_slot)])  # Eq. (1)
-            E_mem.append(sum(a * V[n][cut[h]] for n, a in enumerate(A)))
-        E_mem = torch.cat(E_mem)
+        heads = []
+        for h in range(cfg.n_mem_head):
+            A = softmax([score(i, n, h) for n in range(cfg.n_slot)])  # Eq. (1)
+            heads.append(sum(a * V[n][cut[h]] for n, a in enumerate(A)))
+        E_mem = torch.cat(heads)
         read.append(gate("w_out", E_mem) * E_mem)  # Eq. (2), (3)
 
-    candidate = [gate("w_in", e) * torch.tanh(project("w_write", e)) for e in E]  # Eq. (4)
+    candidates = [gate("w_in", e) * torch.tanh(project("w_write", e)) for e in E]  # Eq. (4)
     after = []
-    for n in range(c.n_slot):
-        C, wrote = [], []
-        for h in range(HM):
-            R = softmax([score(i, n, h) for i in range(len(xs))] + [w[at + "memory.null"][h]])
-            C.append(sum(R[i] * candidate[i][cut[h]] for i in range(len(xs))))
-            wrote += [1 - R[-1]] * width
-        C, wrote = torch.cat(C), torch.stack(wrote)
+    for n in range(cfg.n_slot):
+        taken = []
+        written = []
+        for h in range(cfg.n_mem_head):
+            scores = [score(i, n, h) for i in range(len(xs))]
+            R = softmax([*scores, w[at + "memory.null"][h]])
+            taken.append(sum(R[i] * candidates[i][cut[h]] for i in range(len(xs))))
+            written += [1 - R[-1]] * width
+        C = torch.cat(taken)
         g_forget = gate("w_forget", C)  # Eq. (5)
-        after.append(C + (1 - wrote * (1 - g_forget)) * bank[n])  # Eq. (6)
+        after.append(C + (1 - torch.stack(written) * (1 - g_forget)) * bank[n])  # Eq. (6)
     return read, after
 
 
-def document_logits(w, c, ids, rope=None):
-    """Logits of every token, a list of (V) vectors, and the banks left behind, N vectors a block with memory;
-    of an RMT its K memory vectors.
+def mlp(w, cfg, at, x):
+    e = rms_norm(x, w[at + "ffn_norm.weight"], cfg.norm_eps)
+    a = times(w[at + "feed_forward.w1.weight"], e)
+    b = times(w[at + "feed_forward.w3.weight"], e)
+    return times(w[at + "feed_forward.w2.weight"], a * sigmoid(a) * b)
 
-    rope: (cos, sin) for the positions of one segment; None computes them here in double precision.
-    """
-    cos, sin = rope or tables(c)
-    one_hot = torch.eye(c.n_embd, dtype=torch.float64)
-    banks = [[one_hot[n] for n in range(c.n_slot)] for _ in range(c.n_mem_layer)]
-    K, tokens = c.n_mem_token, list(w["mem_tokens"]) if c.n_mem_token else []      # an RMT's memory
+
+def document_logits(w, cfg, ids):
+    """The logits of every token, a list of (V) vectors, and what the last segment found: for each
+    block with a memory a bank of N vectors, or of an RMT one list of K memory vectors."""
+    one_hot = torch.eye(cfg.n_embd, dtype=torch.float64)
+    banks = [[one_hot[n] for n in range(cfg.n_slot)] for _ in range(cfg.n_mem_layer)]
+    tokens = list(w["mem_tokens"]) if cfg.n_mem_token else []  # the memory of an RMT
+    segments = [ids[i : i + cfg.segment_len] for i in range(0, len(ids), cfg.segment_len)]
     logits = []
-    for start in range(0, len(ids), c.segment_len):
-        segment = ids[start:start + c.segment_len]
+    for g, segment in enumerate(segments):
+        is_last = g + 1 == len(segments)  # it is written only when another segment begins
         xs = tokens + [w["tok_embeddings.weight"][t] for t in segment]
-        xs += tokens if len(segment) == c.segment_len else []
-        for layer in range(c.n_layer):
+        if not is_last:
+            xs = xs + tokens
+        for layer in range(cfg.n_layer):
             at = f"layers.{layer}."
-            xs = [x + h for x, h in zip(xs, self_attention(w, c, at, xs, cos, sin))]
-            if layer < c.n_mem_layer:
-                read, after = memory(w, c, at, xs, banks[layer])
-                xs = [x + r for x, r in zip(xs, read)]
-                if len(segment) == c.segment_len:                       # an unfinished segment never writes
+            xs = [x + h for x, h in zip(xs, self_attention(w, cfg, at, xs), strict=True)]
+            if layer < cfg.n_mem_layer:
+                read, after = memory(w, cfg, at, xs, banks[layer])
+                xs = [x + r for x, r in zip(xs, read, strict=True)]
+                if not is_last:
                     banks[layer] = after
-            for i, x in enumerate(xs):
-                e = rms_norm(x, w[at + "ffn_norm.weight"], c.norm_eps)
-                a, b = times(w[at + "feed_forward.w1.weight"], e), times(w[at + "feed_forward.w3.weight"], e)
-                xs[i] = x + times(w[at + "feed_forward.w2.weight"], a * sigmoid(a) * b)
-        head = w.get("output.weight", w["tok_embeddings.weight"])       # absent when tied
-        xs = [rms_norm(x, w["norm.weight"], c.norm_eps) for x in xs]
-        logits += [times(head, x) for x in xs[K:K + len(segment)]]
-        tokens = xs[-K:] if K and len(segment) == c.segment_len else tokens
-    return logits, tokens if K else banks
+            xs = [x + mlp(w, cfg, at, x) for x in xs]
+        xs = [rms_norm(x, w["norm.weight"], cfg.norm_eps) for x in xs]
+        head = w.get("output.weight", w["tok_embeddings.weight"])  # a tied model has no own head
+        first = len(tokens)
+        logits += [times(head, x) for x in xs[first : first + len(segment)]]
+        if tokens and not is_last:
+            tokens = xs[-len(tokens) :]
+    return logits, [tokens] if tokens else banks

@@ -1,7 +1,10 @@
-"""Every row of the ablation is a model that leaks nothing from the future, streams, and is not the default.
+"""The rows of tests/ablation.py: what each one changes in the model, their runs and their table.
 
     python -m pytest tests/test_ablation.py -q
+
+Each row must be a model that sees no later token, streams, generates, and is not the default.
 """
+
 import json
 import shlex
 
@@ -13,119 +16,197 @@ import lm2
 from data.recipes import PRESETS
 from test_scripts import folder, refused  # noqa: F401
 
-SIZES = dict(vocab_size=50, n_layer=3, n_head=2, n_kv_head=2, n_embd=64, ffn_dim=32, segment_len=6, n_slot=16,
-             n_mem_head=2)
+SIZES = dict(
+    vocab_size=50,
+    n_layer=3,
+    n_head=2,
+    n_kv_head=2,
+    n_embd=64,
+    ffn_dim=32,
+    segment_len=6,
+    n_slot=16,
+    n_mem_head=2,
+)
 
 
-def model(name):
-    row, flags = ablation.ROWS[name], shlex.split(ablation.ROWS[name].flags)
-    own = {k[2:]: int(v) for k, v in zip(flags[::2], flags[1::2]) if k != "--stages"}
+def new_model(name, sizes):
+    """A model of a row, with what the row's flags change in `sizes`."""
+    row = ablation.ROWS[name]
+    flags = shlex.split(row.flags)
+    sizes = dict(sizes)
+    for flag, value in zip(flags[::2], flags[1::2], strict=True):
+        if flag != "--stages":
+            sizes[flag.removeprefix("--")] = int(value)
     torch.manual_seed(0)
     with ablation.changed(row):
-        made = lm2.LM2(lm2.LM2Config(**SIZES | own)).double()
-    if row.start:
-        row.start(made)
-    return made
+        model = lm2.LM2(lm2.LM2Config(**sizes))
+    if row.start is not None:
+        row.start(model)
+    return model
 
 
-def logits(made, idx, pieces=None):
-    state, out = None, []
-    for piece in idx.split(pieces or idx.shape[1], dim=1):
-        y, _, state = made(piece, state=state)
-        out.append(y)
-    return torch.cat(out, dim=1)
+def tiny_model(name):
+    return new_model(name, SIZES).double()
+
+
+def random_ids(rows, length):
+    return torch.randint(50, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def logits_in_pieces(model, idx, length):
+    """The logits of a document that is given in calls of `length` tokens."""
+    state = None
+    found = []
+    for piece in idx.split(length, dim=1):
+        logits, _, state = model(piece, state=state)
+        found.append(logits)
+    return torch.cat(found, dim=1)
 
 
 @pytest.mark.parametrize("name", ablation.ROWS)
 @torch.no_grad()
 def test_a_variant_sees_the_past_alone_and_whole_is_streamed(name):
-    made, idx = model(name), torch.randint(50, (2, 21), generator=torch.Generator().manual_seed(1))
-    was = logits(made, idx)
-    for pieces in (1, 4, 6):
-        assert (logits(made, idx, pieces) - was).abs().max() < 1e-10
-    for j in (3, 8, 14):
+    model = tiny_model(name)
+    idx = random_ids(2, 21)
+    before, _, _ = model(idx)
+    for length in (1, 4, 6):
+        assert (logits_in_pieces(model, idx, length) - before).abs().max() < 1e-10
+    for changed in (3, 8, 14):
         other = idx.clone()
-        other[:, j] = (idx[:, j] + 1) % 50
-        now = logits(made, other)
-        assert torch.equal(now[:, :j], was[:, :j]) and not torch.equal(now[:, 18:], was[:, 18:])
+        other[:, changed] = (idx[:, changed] + 1) % 50
+        after, _, _ = model(other)
+        assert torch.equal(after[:, :changed], before[:, :changed])
+        assert not torch.equal(after[:, 18:], before[:, 18:])  # the memory carries it to the end
+
+
+@pytest.mark.parametrize("name", ablation.ROWS)
+@torch.no_grad()
+def test_a_variant_generates_the_tokens_that_one_scoring_pass_finds_likeliest(name):
+    model = tiny_model(name)
+    for n_prompt in (5, 6):
+        ids = model.generate(random_ids(8, n_prompt), 15)  # beyond the ends of two segments
+        logits, _, _ = model(ids)
+        assert torch.equal(ids[:, n_prompt:], logits[:, n_prompt - 1 : -1].argmax(dim=-1))
+
+
+@pytest.mark.parametrize("name", ablation.ROWS)
+def test_a_variant_uses_all_its_parameters(name):
+    model = tiny_model(name)
+    _, loss, _ = model(random_ids(2, 21), random_ids(2, 21))
+    loss.backward()
+    unused = set()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.grad is None or not parameter.grad.any():
+            unused.add(parameter_name.split(".", 2)[-1])  # without the number of the block
+    if name in ("paper Eqs. (4) to (6)", "no null"):
+        assert unused == {"memory.null"}
+    else:
+        assert unused == set()
 
 
 @torch.no_grad()
 def test_every_variant_but_those_of_the_curriculum_gives_other_logits_than_the_default():
-    idx = torch.randint(50, (1, 24), generator=torch.Generator().manual_seed(1))
-    default = logits(model("default"), idx)
-    same = [name for name in ablation.ROWS if torch.allclose(logits(model(name), idx), default)]
+    idx = random_ids(1, 24)
+    of_default, _, _ = tiny_model("default")(idx)
+    same = []
+    for name in ablation.ROWS:
+        logits, _, _ = tiny_model(name)(idx)
+        if torch.allclose(logits, of_default):
+            same.append(name)
     assert same == ["default", "up to 16 segments", "up to 64 segments"]
-    assert lm2.Memory is ablation.Row().memory and lm2.Block is ablation.Row().block
+    assert lm2.Memory is ablation.Row().memory
+    assert lm2.Block is ablation.Row().block
 
 
 def test_a_run_is_written_and_shown_and_not_made_twice(folder, tmp_path, capsys):  # noqa: F811
     out = tmp_path / "a.jsonl"
-    flags = ("--tokens 1500 --final_tokens 1500 --stages 4:2:32 --batch_size 4 --processes 1 "
-             f"--eval_every 1000000 --background {folder}")
-    argv = ["--rows", "no null", "--seeds", "3", "--flags", flags, "--n", "2", "--lengths", "0k", "200",
-            "--out", str(out)]
+    flags = (
+        "--tokens 1500 --final_tokens 1500 --stages 4:2:32 --batch_size 4 --processes 1 "
+        f"--eval_every 1000000 --background {folder}"
+    )
+    argv = ["--rows", "no null", "--seeds", "3", "--flags", flags, "--n", "2"]
+    argv += ["--lengths", "0k", "200", "--out", str(out)]
     ablation.main(argv)
     assert "no null" in capsys.readouterr().out
     (line,) = out.read_text(encoding="utf-8").splitlines()
-    ran = json.loads(line)
-    assert (ran["row"], ran["seed"], ran["n"], list(ran["exact"])) == ("no null", 3, 2, ["0k", "200"])
-    assert 1500 <= ran["tokens"] < 3500 and ran["flags"] == flags
+    run = json.loads(line)
+    assert (run["row"], run["seed"], run["n"]) == ("no null", 3, 2)
+    assert list(run["exact"]) == list(run["floor"]) == ["0k", "200"]
+    assert 1500 <= run["tokens"] < 3500
+    assert run["flags"] == flags
     ablation.main(argv)
     assert out.read_text(encoding="utf-8").splitlines() == [line]
-    for other in ["--n", "3"], ["--lengths", "0k"], ["--flags", ""]:      # are not these figures
+    for other in ["--n", "3"], ["--lengths", "0k"], ["--flags", ""]:
+        # The file has no figures of these runs.
         assert "a.jsonl" in refused(capsys, ablation.main, *argv, *other, "--show")
     ablation.main(argv)
-    assert all(len(x) <= 80 for x in capsys.readouterr().out.splitlines())
+    assert all(len(printed) <= 80 for printed in capsys.readouterr().out.splitlines())
 
 
 def test_the_table_has_the_medians_of_the_seeds_the_floor_and_what_an_interval_is():
-    runs = [dict(row=row, seed=s, n=200, exact={"0k": a, "4k": a // 2}, floor={"0k": 40, "4k": 44})
-            for row, of in (("default", (90, 100, 80)), ("no null", (50,))) for s, a in enumerate(of)]
+    runs = []
+    for row, seed, right in (
+        ("default", 0, 90),
+        ("default", 1, 100),
+        ("default", 2, 80),
+        ("no null", 0, 60),
+        ("no null", 1, 50),
+    ):
+        exact = {"0k": right, "4k": right // 2}
+        runs.append(dict(row=row, seed=seed, n=200, exact=exact, floor={"0k": 40, "4k": 44}))
     head, first, second, floor, note = ablation.show(runs).splitlines()
     assert head.split() == ["%", "right", "0k", "4k", "seeds", "at", "4k"]
     assert first.split() == ["default", "45.0", "22.5", "22.5", "25.0", "20.0"]
-    assert second.split() == ["no", "null", "25.0", "12.5", "12.5"]
+    assert second.split() == ["no", "null", "25.0", "12.5", "15.0", "12.5"]
     assert floor.split() == ["floor", "20.0", "22.0"]
     assert note == "n = 200; a figure's 95 % interval is 6.9 at 50 and 4.2 at 90 % to each side"
 
 
-def test_every_row_but_those_of_slots_has_the_defaults_parameters():
-    def count(name):
-        t = shlex.split(ablation.ROWS[name].flags)
-        sizes = PRESETS["cpu"] | {k[2:]: int(v) for k, v in zip(t[::2], t[1::2]) if k != "--stages"}
-        with ablation.changed(ablation.ROWS[name]):
-            return lm2.LM2(lm2.LM2Config(**sizes)).n_params()[0]
-    counts = {name: count(name) / count("default") for name in ablation.ROWS if not name.endswith("slots")}
-    assert all(abs(x - 1) < 0.003 for x in counts.values()), counts
+@pytest.mark.parametrize("name", [name for name in ablation.ROWS if not name.endswith("slots")])
+def test_every_row_but_those_of_slots_has_the_defaults_parameters(name):
+    of_default, _ = new_model("default", PRESETS["cpu"]).n_params()
+    of_row, _ = new_model(name, PRESETS["cpu"]).n_params()
+    assert abs(of_row / of_default - 1) < 0.003
 
 
 def test_the_papers_update_is_that_of_plain_loops():
-    torch.manual_seed(0)
-    made = model("paper Eqs. (4) to (6)").layers[0].memory
-    M, x = torch.randn(1, 16, 64).double(), torch.randn(1, 6, 64).double()
-    Q, g_in = made.tokens(x)
-    seen = made.bank_norm(M)
-    K, V, new = made.wk(seen), made.wv(seen), torch.zeros(16, 64).double()
-    of = slice(0, 32), slice(32, 64)
-    scores = [Q[0, :, h] @ K[0, :, h].T / 32 ** 0.5 for h in of]                        # (S, N)
-    E_mem = torch.cat([s.softmax(-1) @ V[0, :, h] for s, h in zip(scores, of)], dim=-1)         # (S, D)
-    for h in (0, 1):
+    memory = tiny_model("paper Eqs. (4) to (6)").layers[0].memory
+    M = torch.randn(16, 64, dtype=torch.float64)
+    E = torch.randn(6, 64, dtype=torch.float64)
+    Q = memory.wq(E)  # (S, D)
+    g_in = torch.sigmoid(memory.w_in(E))  # Eq. (4)
+    seen = memory.bank_norm(M)
+    K = memory.wk(seen)  # (N, D)
+    V = memory.wv(seen)
+    channels_of_heads = slice(0, 32), slice(32, 64)
+    scores = [Q[:, head] @ K[:, head].T / 32**0.5 for head in channels_of_heads]  # (S, N) each
+    read = []
+    for head, scores_of_head in zip(channels_of_heads, scores, strict=True):
+        read.append(scores_of_head.softmax(dim=-1) @ V[:, head])
+    E_mem = torch.cat(read, dim=-1)  # (S, D)
+    g_forget = torch.sigmoid(memory.w_forget(E_mem))  # Eq. (5)
+    expected = torch.zeros(16, 64, dtype=torch.float64)
+    for head, scores_of_head in zip(channels_of_heads, scores, strict=True):
         for slot in range(16):
-            R = scores[h][:, slot].softmax(-1)
-            for d in range(32 * h, 32 * h + 32):
-                forget = torch.sigmoid(made.w_forget(E_mem))[:, d]
-                new[slot, d] = sum(R[t] * (g_in[0, t, d] * E_mem[t, d].tanh() + forget[t] * M[0, slot, d])
-                                   for t in range(6))
-    assert (made.write(M, K, Q, g_in)[0] - new).abs().max() < 1e-12
+            R = scores_of_head[:, slot].softmax(dim=-1)  # over the tokens
+            for d in range(head.start, head.stop):
+                for t in range(6):
+                    added = g_in[t, d] * E_mem[t, d].tanh()
+                    kept = g_forget[t, d] * M[slot, d]
+                    expected[slot, d] += R[t] * (added + kept)  # Eq. (6)
+    queries = memory.queries(E[None])
+    written = memory.write(M[None], queries, memory.candidates(E[None]))
+    assert (written[0] - expected).abs().max() < 1e-12
 
 
 def test_a_table_without_figures_and_an_unknown_row_end_in_one_line(tmp_path, capsys):
-    assert "none.jsonl" in refused(capsys, ablation.main, "--show", "--out", tmp_path / "none.jsonl")
+    missing = tmp_path / "none.jsonl"
+    assert "none.jsonl" in refused(capsys, ablation.main, "--show", "--out", missing)
     assert "no such row" in refused(capsys, ablation.main, "--rows", "no such row")
     assert "--n 0" in refused(capsys, ablation.main, "--n", "0")
     assert str(tmp_path) in refused(capsys, ablation.main, "--out", tmp_path)
     other = tmp_path / "metrics.jsonl"
     for text in '{"step": 1}\n', '{"row": "def':
-        other.write_text(text)
-        assert "metrics.jsonl holds no figures" in refused(capsys, ablation.main, "--show", "--out", other)
+        other.write_text(text, encoding="utf-8")
+        message = refused(capsys, ablation.main, "--show", "--out", other)
+        assert "metrics.jsonl holds no figures" in message

@@ -20,10 +20,9 @@ import tiktoken
 import torch
 
 import babilong_eval
-from babilong_eval import answer, ask, batches, carried, evaluate, forecast, of_rows
+from babilong_eval import answer, ask, batches, evaluate, forecast, of_rows, read_before_last
 from data import babi
 from data.babilong import Builder
-from data.checkpoint import save_checkpoint
 from data.document import from_text
 from data.metrics import (LABELS, cells, compare, exact_match, floor, mcnemar, official_score, percent,
                           pooled, table, wilson)
@@ -32,7 +31,7 @@ from data.published import published_table
 from data.samples import generated
 from data.tokenizer import Tokenizer
 from data.tokenizer import load as load_tokenizer
-from lm2 import LM2, LM2Config
+from lm2 import LM2Config, build_model, save_checkpoint
 from test_babilong import book
 from test_scripts import refused
 
@@ -62,7 +61,7 @@ def val_set(tok, folder):
 def loud(tok, seed=0, **sizes):
     """Random weights that answer with few words, and now and then with the end of text."""
     torch.manual_seed(seed)
-    model = LM2(LM2Config(vocab_size=tok.n_vocab, **TINY | sizes)).double()
+    model = build_model(LM2Config(vocab_size=tok.n_vocab, **TINY | sizes)).double()
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 1:
@@ -544,134 +543,230 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(names):
 
 # Reading and answering
 
+
 def prompts(tok, *lengths):
     """Prompts of random tokens."""
     rng = np.random.default_rng(sum(lengths))
     return [rng.integers(0, tok.n_vocab, n) for n in lengths]
 
 
-def greedy(model, tok, prompt, state=None, write=True):
-    """The answer by reading the whole again for every token, in one call."""
-    ids = torch.from_numpy(prompt)[None]
-    for _ in range(12):
-        new = model(ids, state=state, write=write)[0][:, -1].argmax(-1)
-        if new.item() == tok.eot:
+def start_of_last_segment(n_tokens, segment_len):
+    """Where the segment of the last token begins."""
+    start = 0
+    while start + segment_len < n_tokens:
+        start += segment_len
+    return start
+
+
+@torch.no_grad()
+def greedy(model, tok, prompt, memory=True, state=None):
+    """The answer to a prompt (T,), with everything read again in one call for every token.
+
+    With the memory off, a token is predicted from its own segment alone, as a document of its own.
+    """
+    ids = [int(i) for i in prompt]
+    new_ids = []
+    while len(new_ids) < 12:
+        seen = ids + new_ids
+        if not memory:
+            seen = seen[start_of_last_segment(len(seen), model.cfg.segment_len) :]
+        logits, _, _ = model(torch.tensor([seen]), state=state)
+        new = logits[0, -1].argmax().item()
+        if new == tok.eot:
             break
-        ids = torch.cat([ids, new[:, None]], dim=1)
-    return tok.decode(ids[0, len(prompt):].tolist()).strip()
+        new_ids.append(new)
+    return tok.decode(new_ids).strip()
 
 
-def state_after(model, prompt):
-    """What all segments before the last leave behind, read in one call."""
-    end = (len(prompt) - 1) // model.cfg.segment_len * model.cfg.segment_len
-    state = model.initial_state(1)
-    return model(torch.from_numpy(prompt[:end])[None], state=state)[2] if end else state
+@torch.no_grad()
+def found_by_last_segment(model, prompt):
+    """What the last segment of a prompt (T,) finds when the whole prompt is read in one call."""
+    _, _, state = model(torch.from_numpy(prompt)[None])
+    return state.carried
 
 
 def documents(tok, rows):
     """Documents that ask with these prompts."""
     document = from_text(tok, "", "?", "garden")
-    return [document._replace(ids=np.append(p, [0, 0]), answers=[(len(p), len(p) + 2)]) for p in rows]
+    found = []
+    for prompt in rows:
+        place = (len(prompt), len(prompt) + 2)
+        found.append(document._replace(ids=np.append(prompt, [0, 0]), answers=[place]))
+    return found
+
+
+def outputs_of(model, tok, rows, mode):
+    """The answers of `ask` to these prompts in one mode."""
+    outputs, _, _ = ask(model, tok, documents(tok, rows), [mode], 1)[mode]
+    return outputs
+
+
+def watch_calls(monkeypatch, model):
+    """A list that gets the ids and the state of every call of the model."""
+    calls = []
+    forward = model.forward
+
+    def watched(idx, *args, state=None, **options):
+        calls.append((idx, state))
+        return forward(idx, *args, state=state, **options)
+
+    monkeypatch.setattr(model, "forward", watched)
+    return calls
+
+
+def refuse_to_read(monkeypatch, model):
+    """From now on the test fails if the model reads a document."""
+    monkeypatch.setattr(model, "read", lambda *_, **__: pytest.fail("a document was read"))
 
 
 MIXED = (S - 1, S, S + 1, 2 * S, 5, 2 * S + 1, 3 * S - 1, 3 * S, 1, 6 * S + 7, S + 1, 3 * S + 20)
 
 
-@pytest.mark.parametrize("lengths", [MIXED, MIXED[::-1], (5, 5, 5), (S,), (1, 9 * S), (4 * S + 1, 2)])
-def test_prompts_of_any_lengths_in_one_batch_get_the_answers_of_reading_each_in_one_call(model, tok, lengths):
+@pytest.mark.parametrize(
+    "lengths", [MIXED, MIXED[::-1], (5, 5, 5), (S,), (1, 9 * S), (4 * S + 1, 2)]
+)
+def test_prompts_of_any_lengths_in_one_batch_get_the_answers_of_reading_each_in_one_call(
+    model, tok, lengths
+):
     rows = prompts(tok, *lengths)
-    found = answer(model, tok, rows, carried(model, rows))
-    assert found == [greedy(model, tok, row) for row in rows]
-    assert found == [answer(model, tok, [row], carried(model, [row]))[0] for row in rows]
+    together = answer(model, tok, rows, read_before_last(model, rows))
+    assert together == [greedy(model, tok, row) for row in rows]
+    alone = []
+    for row in rows:
+        alone += answer(model, tok, [row], read_before_last(model, [row]))
+    assert together == alone
 
 
-def test_memory_off_answers_as_if_nothing_was_ever_written(model, tok):
+def test_memory_off_predicts_each_token_from_its_own_segment_alone(model, tok):
     rows = prompts(tok, *MIXED)
-    (found, _, _), = ask(model, tok, documents(tok, rows), ["off"], 1).values()
-    assert found == [greedy(model, tok, row, write=False) for row in rows]
+    expected = [greedy(model, tok, row, memory=False) for row in rows]
+    assert outputs_of(model, tok, rows, "off") == expected
+    assert answer(model, tok, rows, None) == expected
 
 
 def test_memory_on_and_off_differ_and_answers_end_at_different_places(model, tok):
     rows = prompts(tok, *range(80, 92))
-    outputs = ask(model, tok, documents(tok, rows), ["on", "off"], 1)
-    assert sum(a != b for a, b in zip(outputs["on"][0], outputs["off"][0])) > 6
-    assert len({len(tok.encode(text)) for text in outputs["on"][0]}) > 2
+    on = outputs_of(model, tok, rows, "on")
+    off = outputs_of(model, tok, rows, "off")
+    n_different = sum(a != b for a, b in zip(on, off, strict=True))
+    assert n_different > 6
+    assert len({len(tok.encode(text)) for text in on}) > 2
 
 
-def test_what_is_carried_is_the_banks_after_the_segments_before_the_last(model, tok):
+def test_what_is_read_before_the_last_segment_is_what_it_finds_in_one_call(model, tok):
     rows = prompts(tok, *MIXED)
-    state = carried(model, rows)
-    assert state.fill == 0
+    state = read_before_last(model, rows)
+    assert state.open_ids.shape == (len(rows), 0)
+    assert state.segment_len == S
     for j, row in enumerate(rows):
-        for have, want in zip(state.blocks, state_after(model, row).blocks):
-            assert (have.bank[j] - want.bank[0]).abs().max() < 1e-12
+        expected = found_by_last_segment(model, row)
+        for have, want in zip(state.carried, expected, strict=True):
+            assert (have[j] - want[0]).abs().max() < 1e-12
 
 
-def test_each_segment_before_the_last_is_read_once(model, tok, monkeypatch):
-    rows, seen = prompts(tok, *MIXED), []
-    monkeypatch.setattr(model, "forward", lambda idx, *a, real=model.forward, **k:
-                        seen.append(idx) or real(idx, *a, **k))
-    carried(model, rows)
-    read = sorted(tuple(piece) for idx in seen for row in idx.tolist()
-                  for piece in (row[i:i + S] for i in range(0, len(row), S)))
-    whole = [row[i:i + S].tolist() for row in rows for i in range(0, (len(row) - 1) // S * S, S)]
-    assert read == sorted(map(tuple, whole))
+def test_each_prompt_is_read_once_up_to_the_first_token_of_its_last_segment(
+    model, tok, monkeypatch
+):
+    rows = prompts(tok, *MIXED)
+    calls = watch_calls(monkeypatch, model)
+    read_before_last(model, rows)
+    read = []
+    for idx, _ in calls:
+        read += idx.tolist()
+    expected = []
+    for row in rows:
+        start = start_of_last_segment(len(row), S)
+        if start > 0:
+            expected.append(row[: start + 1].tolist())
+    assert sorted(read) == sorted(expected)
 
 
-@pytest.mark.parametrize("lengths", [
-    (100, 40, 200, 70), (100, 40, 200), (30, 200), (64, 65, 66, 67, 68, 69, 300)])
-def test_other_answers_from_the_bank_of_the_neighbour(model, tok, lengths):
+def test_prompts_of_equally_many_segments_are_read_in_one_call(model, tok, monkeypatch):
+    rows = prompts(tok, S + 1, 2 * S, 2 * S + 1, S + 5, 3)
+    calls = watch_calls(monkeypatch, model)
+    read_before_last(model, rows)
+    assert sorted(tuple(idx.shape) for idx, _ in calls) == [(1, 2 * S + 1), (3, S + 1)]
+
+
+@pytest.mark.parametrize(
+    "lengths", [(100, 40, 200, 70), (100, 40, 200), (30, 200), (64, 65, 66, 67, 68, 69, 300)]
+)
+def test_other_answers_from_the_memory_of_the_neighbour(model, tok, lengths):
     rows = prompts(tok, *lengths)
-    (found, _, _), = ask(model, tok, documents(tok, rows), ["other"], 1).values()
     expected = []
     for j, row in enumerate(rows):
-        lender = rows[j ^ 1] if j ^ 1 < len(rows) else rows[j - 1]
-        state, banks = model.initial_state(1), state_after(model, lender).blocks
-        for block, other in zip(state.blocks, banks):
-            block.bank = other.bank
-        expected.append(greedy(model, tok, row[(len(row) - 1) // S * S:], state))
+        lender = j + 1 if j % 2 == 0 else j - 1
+        if lender == len(rows):
+            lender = j - 1
+        state = model.initial_state(1)
+        state.carried = found_by_last_segment(model, rows[lender])
+        last = row[start_of_last_segment(len(row), S) :]
+        expected.append(greedy(model, tok, last, state=state))
+    found = outputs_of(model, tok, rows, "other")
     assert found == expected
     own = [greedy(model, tok, row) for row in rows]
-    assert sum(a != b for a, b in zip(found, own)) >= len(rows) // 2
+    n_different = sum(a != b for a, b in zip(found, own, strict=True))
+    assert n_different >= len(rows) // 2
 
 
 def test_an_answer_that_goes_on_in_the_next_segment_sees_what_the_full_one_has_written(model, tok):
-    rows = prompts(tok, *[n * S - k for n in (1, 2) for k in range(6)])
-    on, off = (ask(model, tok, documents(tok, rows), [mode], 1)[mode][0] for mode in ("on", "off"))
+    rows = prompts(tok, *[n_segments * S - k for n_segments in (1, 2) for k in range(6)])
+    on = outputs_of(model, tok, rows, "on")
+    off = outputs_of(model, tok, rows, "off")
     assert on == [greedy(model, tok, row) for row in rows]
-    assert off == [greedy(model, tok, row, write=False) for row in rows]
-    crossing = [len(tok.encode(text)) > 6 for text in on]
-    assert sum(crossing) > 4
-    # and it matters: one segment alone, held at the initial bank, goes on differently
-    assert sum(a != b for a, b, c in zip(on[:6], off[:6], crossing) if c) > 0
+    assert off == [greedy(model, tok, row, memory=False) for row in rows]
+    crosses = [len(tok.encode(text)) > 6 for text in on]
+    assert sum(crosses) > 4
+    # It matters: behind a single segment, the next one alone goes on differently.
+    n_different = 0
+    for i in range(6):
+        if crosses[i] and on[i] != off[i]:
+            n_different += 1
+    assert n_different > 0
 
 
 def test_memory_off_gives_the_model_nothing_before_the_last_segment(model, tok, monkeypatch):
-    rows, seen = prompts(tok, 9 * S + 4, 5 * S, 40), []
-    monkeypatch.setattr(model, "forward", lambda idx, *a, real=model.forward, **k:
-                        seen.append(idx) or real(idx, *a, **k))
-    monkeypatch.setattr(model, "read", lambda *_, **__: pytest.fail("a document was read"))
-    ask(model, tok, documents(tok, rows), ["off"], 1)
-    assert seen[0].shape == (3, S)      # the longest of 4, 32 and 8 tokens
-    for given, row, n in zip(seen[0], rows, (4, 32, 8)):
+    rows = prompts(tok, 9 * S + 4, 5 * S, 40)
+    calls = watch_calls(monkeypatch, model)
+    refuse_to_read(monkeypatch, model)
+    outputs_of(model, tok, rows, "off")
+    first, _ = calls[0]
+    assert first.shape == (3, S)  # the longest of 4, 32 and 8 tokens
+    for given, row, n in zip(first, rows, (4, 32, 8), strict=True):
         assert given[:n].tolist() == row[-n:].tolist()
-    assert max(idx.shape[1] for idx in seen) <= S + 11
+    assert len(calls) > 1
+    for idx, state in calls:
+        assert idx.shape[1] <= S
+        assert state is None
 
 
 def test_a_model_without_memory_reads_the_last_segment_alone_and_on_is_off(tok, monkeypatch):
     llama = loud(tok, n_mem_layer=0)
     rows = prompts(tok, *MIXED)
-    monkeypatch.setattr(llama, "read", lambda *_, **__: pytest.fail("a document was read"))
-    outputs = ask(llama, tok, documents(tok, rows), ["on", "off", "other"], 1)
+    refuse_to_read(monkeypatch, llama)
     expected = [greedy(llama, tok, row) for row in rows]
-    assert outputs["on"][0] == outputs["off"][0] == outputs["other"][0] == expected
-    assert len(set(outputs["on"][0])) > 4
+    assert expected == [greedy(llama, tok, row, memory=False) for row in rows]
+    for mode in ("on", "off", "other"):
+        assert outputs_of(llama, tok, rows, mode) == expected
+    assert len(set(expected)) > 4
 
 
-@pytest.mark.parametrize("n_mem_layer", [1, 2])
-def test_a_model_with_memory_in_some_blocks_answers_as_when_read_in_one_call(tok, n_mem_layer):
-    some, rows = loud(tok, n_layer=3, n_mem_layer=n_mem_layer), prompts(tok, *MIXED)
-    assert answer(some, tok, rows, carried(some, rows)) == [greedy(some, tok, row) for row in rows]
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(n_layer=3, n_mem_layer=1), dict(n_layer=3, n_mem_layer=2), dict(n_mem_token=3)],
+)
+def test_a_model_with_memory_in_some_blocks_or_with_memory_tokens_is_asked_as_any_other(tok, sizes):
+    some = loud(tok, **sizes)
+    rows = prompts(tok, *MIXED)
+    on = outputs_of(some, tok, rows, "on")
+    off = outputs_of(some, tok, rows, "off")
+    assert on == [greedy(some, tok, row) for row in rows]
+    assert off == [greedy(some, tok, row, memory=False) for row in rows]
+    assert on != off
+    borrowed = some.initial_state(1)
+    borrowed.carried = found_by_last_segment(some, rows[1])
+    first = greedy(some, tok, rows[0], state=borrowed)  # it has a single segment
+    assert outputs_of(some, tok, rows, "other")[0] == first
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -681,39 +776,58 @@ def test_a_question_longer_than_a_segment_is_answered(tok, val_set, size):
     docs = [samples("qa1", n, 0) for n in (0, 30, 31)]
     assert len(tok.encode(" " + docs[0].questions[0].text)) > size
     outputs = ask(small, tok, docs, ["on", "off"], 1)
-    for mode, write in (("on", True), ("off", False)):
-        assert outputs[mode][0] == [greedy(small, tok, d.prompt(), write=write) for d in docs]
-    assert [d.outside(size) for d in docs] == [True] * 3
+    for mode, memory in (("on", True), ("off", False)):
+        expected = [greedy(small, tok, doc.prompt(), memory) for doc in docs]
+        assert outputs[mode][0] == expected
+    assert [doc.outside(size) for doc in docs] == [True] * 3
 
 
-def test_rag_answers_from_the_question_behind_the_retrieved_sentences_read_with_memory(model, tok, val_set):
+def test_rag_answers_from_the_question_behind_the_retrieved_sentences_read_with_memory(
+    model, tok, val_set
+):
     docs = [generated(val_set, 0)("qa1", 400, i) for i in range(5)]
     outputs, found, _ = ask(model, tok, docs, ["rag"], 8)["rag"]
-    short = [d.retrieve(tok, 8) for d in docs]
+    short = [doc.retrieve(tok, 8) for doc in docs]
     assert min(len(ids) for ids, _ in short) > 2 * S
-    assert outputs == [greedy(model, tok, ids) for ids, _ in short] and found == [f for _, f in short]
+    assert outputs == [greedy(model, tok, ids) for ids, _ in short]
+    assert found == [is_there for _, is_there in short]
 
 
-def test_the_seconds_are_a_documents_and_reading_counts_in_each_mode_that_needs_it(tok, monkeypatch):
+def test_the_seconds_are_a_documents_and_reading_counts_in_each_mode_that_needs_it(
+    tok, monkeypatch
+):
     now = [0.0]
 
     def taking(seconds, result):
-        return lambda *_, **__: now.__setitem__(0, now[0] + seconds) or result
+        def run(*_, **__):
+            now[0] += seconds
+            return result
+
+        return run
+
     monkeypatch.setattr(babilong_eval.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(babilong_eval, "carried", taking(8, None))
+    monkeypatch.setattr(babilong_eval, "read_before_last", taking(8, None))
     monkeypatch.setattr(babilong_eval, "answer", taking(2, ["x"] * 4))
     monkeypatch.setattr(babilong_eval, "of_rows", lambda *_: None)
-    model, docs = loud(tok), documents(tok, prompts(tok, 5, 6, 7, 8))
-    found = ask(model, tok, docs, ["on", "off", "other", "rag"], 1)
-    assert [found[mode][2] for mode in ("on", "off", "other", "rag")] == [2.5, 0.5, 2.5, 2.5]
-    assert ask(model, tok, docs, ["off"], 1)["off"][2] == 0.5 and now[0] == 8 + 3 * 2 + 8 + 2 + 2
+    model = loud(tok)
+    docs = documents(tok, prompts(tok, 5, 6, 7, 8))
+    modes = ["on", "off", "other", "rag"]
+    found = ask(model, tok, docs, modes, 1)
+    assert [found[mode][2] for mode in modes] == [2.5, 0.5, 2.5, 2.5]
+    assert now[0] == 8 + 3 * 2 + 8 + 2
+    found = ask(model, tok, docs, ["off"], 1)
+    assert found["off"][2] == 0.5
+    assert now[0] == 8 + 3 * 2 + 8 + 2 + 2
 
 
 def test_rows_of_a_state_are_those_of_its_tensors_in_the_asked_order(model, tok):
-    state = carried(model, prompts(tok, 40, 80, 120))
+    idx = torch.from_numpy(np.stack(prompts(tok, S + 9, S + 9, S + 9)))
+    state = model.read(idx)
     part = of_rows(state, [2, 0])
-    for a, b in zip(state.blocks, part.blocks):
-        assert all(torch.equal(getattr(b, name), getattr(a, name)[[2, 0]]) for name in vars(a))
+    assert torch.equal(part.open_ids, idx[[2, 0], S:])
+    assert part.segment_len == S
+    for all_rows, two_rows in zip(state.carried, part.carried, strict=True):
+        assert torch.equal(two_rows, all_rows[[2, 0]])
 
 
 @pytest.mark.parametrize("n, size, in_pairs, sizes", [
@@ -892,7 +1006,7 @@ def test_the_cost_is_the_mean_of_each_model_length_and_mode():
 @pytest.fixture(scope="module")
 def ckpt(model, tok, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "ckpt.pt"
-    save_checkpoint(path, model, tok)
+    save_checkpoint(path, model, tokenizer=tok.ranks)
     return path
 
 
@@ -1043,7 +1157,7 @@ def test_of_a_file_with_more_answers_the_table_shows_those_that_are_asked_for(cl
 def another(tok, tmp_path_factory):
     """Another checkpoint, another background, and a folder of original stories."""
     path = tmp_path_factory.mktemp("another")
-    save_checkpoint(path / "ckpt.pt", loud(tok, seed=1), tok)
+    save_checkpoint(path / "ckpt.pt", loud(tok, seed=1), tokenizer=tok.ranks)
     (path / "books").mkdir()
     (path / "books" / "book.txt").write_text(book(900, seed=7), encoding="utf-8")
     task = babi.TASKS["qa1"]
@@ -1185,7 +1299,8 @@ def evaluated(model, tok, folder, tmp_path_factory):
     """A folder with out/ckpt.pt, evaluated in place with the default paths; and what was printed."""
     path = tmp_path_factory.mktemp("evaluated")
     (path / "out").mkdir()
-    save_checkpoint(path / "out" / "ckpt.pt", model, tok, train=dict(tasks="qa2 qa1"))
+    content = dict(tokenizer=tok.ranks, train=dict(tasks="qa2 qa1"))
+    save_checkpoint(path / "out" / "ckpt.pt", model, **content)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         patch.setattr(sys, "stdout", io.StringIO())
@@ -1228,9 +1343,9 @@ def test_what_is_evaluated_is_printed_first(evaluated, model, val_set):
 def test_the_forecast_is_printed_before_the_first_answer(cli, out, monkeypatch):
     seen = []
 
-    def watched(*given):
+    def watched(*given, **options):
         seen.append(sys.stdout.getvalue())
-        yield from evaluate(*given)
+        yield from evaluate(*given, **options)
     monkeypatch.setattr(babilong_eval, "evaluate", watched)
     printed = cli("--lengths", "0k", "100", "--n", "3", "--out", out)
     minutes = re.findall(r"^this will take about ([\d.]+) minutes$", seen[0], re.MULTILINE)
@@ -1241,7 +1356,8 @@ def test_the_forecast_is_printed_before_the_first_answer(cli, out, monkeypatch):
 def test_prose_other_than_that_of_the_training_is_told(cli, model, tok, folder, tmp_path):
     flags = ["--ckpt", str(tmp_path / "a.pt"), "--lengths", "0k", "--n", "1", "--memory", "on"]
     for prose, told in ((f"elsewhere/{folder.name}", False), ("novels", True), (None, True)):
-        save_checkpoint(tmp_path / "a.pt", model, tok, train=dict(background=prose))
+        content = dict(tokenizer=tok.ranks, train=dict(background=prose))
+        save_checkpoint(tmp_path / "a.pt", model, **content)
         printed = cli(*flags, "--again", "--out", str(tmp_path / "out.jsonl"))
         assert (f"was trained on the prose of {prose or 'Python'}: --background" in printed) == told
 
@@ -1369,7 +1485,7 @@ def second(tok, tmp_path_factory):
     small = Tokenizer("".join(line + "\n" for line in tok.ranks.split("\n")[:700]))
     path = tmp_path_factory.mktemp("two") / "plain" / "ckpt.pt"
     path.parent.mkdir()
-    save_checkpoint(path, loud(small, n_mem_layer=0), small)
+    save_checkpoint(path, loud(small, n_mem_layer=0), tokenizer=small.ranks)
     return path, small
 
 
@@ -1394,7 +1510,7 @@ def test_models_of_one_tokenizer_share_their_samples_and_read_the_background_onc
     models = ["--ckpt", f"a={ckpt}", f"b={another / 'ckpt.pt'}"]
     printed = cli(*models, "--lengths", "100", "--n", "4", "--memory", "on", "--out", out)
     found = by_key(load(out), "question", "target", "outside")
-    assert all(found["a", *key] == found["b", *key] for _, *key in found)
+    assert all(found[("a", *key)] == found[("b", *key)] for _, *key in found)
     assert printed.count("background of ") == 1 and "each model's own tokens" not in printed
 
 
@@ -1403,7 +1519,7 @@ def test_counted_in_characters_models_of_any_tokenizer_are_asked_the_same_texts(
     printed = cli("--ckpt", f"a={ckpt}", f"b={second[0]}", "--lengths", "700", "--n", "6", "--count", "chars",
                   "--memory", "off", "--out", out)
     found = by_key(load(out), "question", "target")
-    assert len(found) == 12 and all(found["a", *key] == found["b", *key] for _, *key in found)
+    assert len(found) == 12 and all(found[("a", *key)] == found[("b", *key)] for _, *key in found)
     assert "each model's own tokens" not in printed
 
 

@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_helpers.py -q
 """
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -11,7 +12,10 @@ import pytest
 import torch
 
 import train
-from data.helpers import Helpers
+from data import helpers as helpers_module
+from data.batches import Maker
+from data.device import compile_blocks
+from data.helpers import Helpers, help_step
 from test_scripts import (TINY, content, fit, folder, make, no_worker_left, refused,  # noqa: F401
                           same_tensors, step)
 
@@ -77,6 +81,27 @@ def use(rank, model, order, factor):
     return "rank", rank
 
 
+def test_a_helper_compiles_its_copy_of_the_model_once(folder, tmp_path, monkeypatch):  # noqa: F811
+    trainer = make(folder, tmp_path)
+    compiled = []
+
+    def watched(model):
+        compiled.append(model)
+        compile_blocks(model)
+
+    monkeypatch.setattr(helpers_module, "compile_blocks", watched)
+    maker = Maker(trainer.train_set, ("qa1",), 2, 512, 0.0, 0, 0, 2, 0.9)
+
+    def no_gradient(*_):
+        return torch.zeros(3)
+
+    for compile_flag, expected in ((False, []), (True, [trainer.model]), (True, [trainer.model])):
+        c = dataclasses.replace(trainer.c, compile=compile_flag, accumulate=2)
+        order = (trainer.course.stage, 0)
+        help_step(1, trainer.model, order, maker, 2, c, no_gradient)
+        assert compiled == expected
+
+
 class Odd(Exception):
     """One that cannot be pickled as it is."""
 
@@ -125,7 +150,7 @@ def test_memory_that_cannot_be_shared_is_told_in_a_line(monkeypatch):
 
 @pytest.mark.parametrize("owner, name", [(torch.optim.AdamW, "step"), (train.Trainer, "collect")])
 def test_interrupted_it_saves_behind_a_whole_step_and_goes_on_bit_for_bit(
-        capsys, fit, tmp_path, monkeypatch, owner, name):
+        capsys, fit, tmp_path, monkeypatch, owner, name):  # noqa: F811
     """Ctrl-C, which a terminal sends to all processes, while the optimiser steps or numbers are fetched."""
     flags = [*STAGES, "--tokens", "20000", "--log_every", "2", "--accumulate", "2", "--processes", "2"]
     fit(tmp_path / "straight", *flags)

@@ -18,11 +18,10 @@ sys.path[:0] = [str(ROOT)]
 from data import heatmaps, pictures  # noqa: E402
 from data.babi import Question  # noqa: E402
 from data.babilong import Builder  # noqa: E402
-from data.checkpoint import save_checkpoint  # noqa: E402
 from data.document import join  # noqa: E402
 from data.metrics import percent, pooled, wilson  # noqa: E402
 from data.tokenizer import load  # noqa: E402
-from lm2 import LM2, LM2Config  # noqa: E402
+from lm2 import LM2, LM2Config, save_checkpoint  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -78,7 +77,7 @@ def doc(tok):
 
 @pytest.fixture(scope="module")
 def recorded(model, doc):
-    """The document and what one call on it records, of each block A (G, HM, S, N) and the list of R."""
+    """The document, and of each block A (1, G, HM, S, N) and the list of R of one call on it."""
     ids = torch.from_numpy(doc.prompt())[None]
     with torch.no_grad(), heatmaps.recording(model) as notes:
         model(ids)
@@ -88,7 +87,7 @@ def recorded(model, doc):
 @pytest.fixture(scope="module")
 def ckpt(model, tok, tmp_path_factory):
     path = tmp_path_factory.mktemp("pictures") / "ckpt.pt"
-    save_checkpoint(path, model, tok)
+    save_checkpoint(path, model, tokenizer=tok.ranks)
     return path
 
 
@@ -181,34 +180,40 @@ def test_a_file_that_holds_no_cells_is_refused(tmp_path, text):
 
 # ---- the memory: computation ----
 
-def test_before_reads_the_bank_at_m0_and_after_the_bank_that_the_document_has_written(model, recorded):
+def test_before_reads_the_bank_at_m0_and_after_the_bank_that_the_document_has_written(
+    model, recorded
+):
     ids, notes = recorded
     before, after = heatmaps.reads(model, ids, "mean")
-    last = ids.shape[1] // S * S
+    start = ids.shape[1] // S * S
+    n_last = ids.shape[1] - start
+    assert 0 < n_last < S
     with torch.no_grad(), heatmaps.recording(model) as alone:
-        model(ids[:, last:])
+        model(ids[:, start:])
+    assert [note["layer"] for note in notes] == list(range(L))
     for i in range(L):
-        torch.testing.assert_close(before[i], alone[i]["A"][0].mean(0))
-        piece = [t for t in notes if t["layer"] == i][-1]            # the open segment comes last
-        assert piece["A"].shape[2] == ids.shape[1] - last
-        torch.testing.assert_close(after[i], piece["A"][0].mean(0))
+        assert before[i].shape == (n_last, N)
+        torch.testing.assert_close(before[i], alone[i]["A"][0, 0].mean(0))
+        of_last_segment = notes[i]["A"][0, -1, :, :n_last]  # it is filled up behind
+        torch.testing.assert_close(after[i], of_last_segment.mean(0))
     assert (before - after).abs().max() > 0.05
 
 
-def test_a_full_last_segment_is_read_from_the_bank_before_it(model, recorded):
+def test_a_full_last_segment_is_read_from_the_bank_before_it_and_not_written(model, doc, recorded):
     ids, notes = recorded
-    full = ids[:, :3 * S]
+    full = ids[:, : 3 * S]
     before, after = heatmaps.reads(model, full, "1")
-    for i in range(L):
-        torch.testing.assert_close(after[i], notes[i]["A"][2, 1])    # segment 3, head 1
     assert before.shape == after.shape == (L, S, N)
+    for i in range(L):
+        torch.testing.assert_close(after[i], notes[i]["A"][0, 2, 1])  # segment 3, head 1
+    assert len(heatmaps.writes(model, full, doc.cuts, "1")) == 2
 
 
 @pytest.mark.parametrize("head", ["mean", "1"])
 def test_writes_are_r_summed_over_the_tokens_of_each_sentence(model, doc, recorded, head):
     ids, notes = recorded
     segments = heatmaps.writes(model, ids, doc.cuts, head)
-    assert len(segments) == ids.shape[1] // S
+    assert len(segments) == (ids.shape[1] - 1) // S
     for g, (starts, share) in enumerate(segments):
         assert starts == [g * S] + [c for c in doc.cuts if g * S < c < (g + 1) * S]
         for i in range(L):
@@ -258,20 +263,43 @@ def test_no_earlier_segment_is_shown_where_a_later_one_had_no_room():
     assert heatmaps.shown([1, 5, 3], [False] * 3, 4) == {2}
 
 
+@torch.no_grad()
+def answer_of(model, tok, ids, memory):
+    """The greedy answer to ids, with everything read again for every token."""
+    new_ids = []
+    while len(new_ids) < 12:
+        seen = ids + new_ids
+        if not memory:  # a token is predicted from its own segment alone
+            while len(seen) > S:
+                seen = seen[S:]
+        logits, _, _ = model(torch.tensor([seen]))
+        new = logits[0, -1].argmax().item()
+        if new == tok.eot:
+            break
+        new_ids.append(new)
+    return tok.decode(new_ids).strip()
+
+
 def test_the_answers_are_those_with_and_without_what_was_written(model, tok, doc):
-    ids = torch.from_numpy(doc.prompt())[None]
-    for write, seen in ((True, ids), (False, ids[:, ids.shape[1] // S * S:])):
-        new = [i.item() for i in model.stream(seen, 12, write=write)]
-        want = new[:new.index(tok.eot)] if tok.eot in new else new
-        assert heatmaps.said(model, tok, ids, write) == tok.decode(want).strip()
-    assert heatmaps.said(model, tok, ids, True) != heatmaps.said(model, tok, ids, False)
+    ids = doc.prompt().tolist()
+    on = heatmaps.said(model, tok, doc, memory=True)
+    off = heatmaps.said(model, tok, doc, memory=False)
+    assert on == answer_of(model, tok, ids, memory=True)
+    assert off == answer_of(model, tok, ids, memory=False)
+    assert on != off
 
 
-def test_an_answer_ends_at_the_end_of_text(tok):
-    class Says:
-        def stream(self, ids, n, write):
-            return (torch.tensor([i]) for i in tok.encode(" garden") + [tok.eot] + tok.encode(" office"))
-    assert heatmaps.said(Says(), tok, None, True) == "garden"
+def test_an_answer_ends_at_the_end_of_text(model, tok, doc, monkeypatch):
+    says = [*tok.encode(" garden"), tok.eot, *tok.encode(" office")]
+    tokens = iter(says)
+
+    def forward(idx, state, at):
+        logits = torch.zeros(1, tok.n_vocab)
+        logits[0, next(tokens)] = 1.0
+        return logits, None, state
+
+    monkeypatch.setattr(model, "forward", forward)
+    assert heatmaps.said(model, tok, doc, memory=False) == "garden"
 
 
 def test_a_label_is_one_short_line_without_mathematics():
@@ -418,8 +446,9 @@ def test_the_read_picture_shows_the_block_and_head_asked_for_on_one_scale(model,
     texts = [t.get_text() for t in fig.axes[0].get_yticklabels()]
     assert texts == [heatmaps.plain(tok.decode([i])) for i in ids[0, -len(texts):].tolist()]
     assert "block 1, head 0" in fig.get_suptitle() and "Where is John? Right: garden." in fig.get_suptitle()
-    for ax, write in zip(fig.axes, (False, True)):
-        assert f"answer: {heatmaps.plain(heatmaps.said(model, tok, ids, write))}" in ax.get_title()
+    for ax, memory in zip(fig.axes[:2], (False, True), strict=True):
+        reply = heatmaps.said(model, tok, doc, memory)
+        assert f"answer: {heatmaps.plain(reply)}" in ax.get_title()
 
 
 def test_of_a_long_segment_the_last_tokens_are_shown_those_of_the_question_bold(monkeypatch, model, tok, doc):
@@ -505,7 +534,7 @@ def test_without_matplotlib_one_line_names_it_and_how_to_install_it(monkeypatch,
     (["read", "--ckpt", "none.pt"], "there is no checkpoint none.pt"),
     (["read", "--ckpt", "CKPT", "--text", "Where is Mary?"], "nothing was written"),
     (["write", "--ckpt", "CKPT", "--text", "TEXT", "--layer", "2"], "--layer 2 has no memory"),
-    (["write", "--ckpt", "CKPT", "--text", "TEXT", "--head", "7"], "--head '7' is none"),
+    (["write", "--ckpt", "CKPT", "--text", "TEXT", "--head", "7"], "--head '7' is not there"),
     (["write", "--ckpt", "CKPT", "--task", "qa77", "--background", "BOOKS"], "task 'qa77' is unknown"),
 ])
 def test_a_mistake_ends_in_one_line_and_the_old_picture_survives(capsys, written, ckpt, books, argv, said):

@@ -7,6 +7,7 @@ Everything runs in this process through main(argv), but for two true command lin
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -25,16 +26,15 @@ import torch
 import babilong_eval
 import sample
 import train
-from data import babi, babilong, checkpoint, predictions
+from data import babi, babilong, predictions
 from data.batches import Batches, Stage
-from data.checkpoint import load_checkpoint, save_checkpoint
 from data.cli import JsonLines
-from data.device import CudaGraphs, peak_memory
+from data.device import CudaGraphs, compile_blocks, is_compiled, peak_memory
 from data.helpers import add_gradients
 from data.metrics import cells, table
 from data.recipes import PRESETS, RECIPES
-from data.tokenizer import load
-from lm2 import LM2, LM2Config
+from data.tokenizer import load, of_checkpoint
+from lm2 import LM2, Block, LM2Config, Memory, load_checkpoint, save_checkpoint
 from test_babilong import MOVED, asked_in, book
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,7 +96,7 @@ def wild(tmp_path_factory):
         model.output.weight[:] = 0
         model.output.weight[-100:-1] = torch.randn(99, 16)
     path = tmp_path_factory.mktemp("wild") / "ckpt.pt"
-    save_checkpoint(path, model, tokenizer)
+    save_checkpoint(path, model, tokenizer=tokenizer.ranks)
     return path
 
 
@@ -150,7 +150,7 @@ def test_training_writes_a_checkpoint_metrics_and_predictions_and_no_other_file(
 
 
 def test_training_prints_configuration_parameters_device_and_threads_before_the_first_step(trained):
-    model, _, _ = load_checkpoint(trained[0] / "ckpt.pt")
+    model, _ = load_checkpoint(trained[0] / "ckpt.pt")
     total, memory = model.n_params()
     head = trained[1].split("validation")[0]
     for words in ("stage_steps=40", "n_embd=16", f"{total:,}", f"{memory:,}", "cpu (asked for)", "float32",
@@ -195,6 +195,13 @@ def test_an_evaluation_leaves_the_threads_as_they_were(folder, tmp_path):
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_an_evaluation_compiles_nothing(folder, tmp_path):
+    trainer = make(folder, tmp_path, "--table_lengths", "0k 150")
+    before = trainer.validate()
+    compile_blocks(trainer.model, backend=lambda *_: pytest.fail("something was compiled"))
+    assert trainer.validate() == before
 
 
 def test_asked_to_end_before_a_validation_it_saves_and_does_not_validate(folder, tmp_path, monkeypatch):
@@ -344,18 +351,30 @@ def test_how_it_is_computed_may_change_on_resuming(folder, tmp_path):
         trainer.close()
         trainer = train.Trainer(*train.read_flags([*again, *more]))
         assert trainer.c.recompute is ("--recompute" in more) and trainer.c.compile is ("--compile" in more)
-        assert all(bool(layer.fast) == trainer.c.compile for layer in trainer.model.layers)
+        assert is_compiled(trainer.model) is trainer.c.compile
+        assert trainer.model.recompute is trainer.c.recompute
         if not trainer.c.compile:               # that takes long, and the last bits differ
             assert same_tensors(snapshot(advance(trainer, 2)), snapshot(straight))
 
 
-def test_recomputing_is_what_the_model_is_asked_for(folder, tmp_path, monkeypatch):
-    seen, real = [], LM2.forward
-    monkeypatch.setattr(LM2, "forward", lambda *a, recompute=None, **k: seen.append(recompute) or real(
-        *a, recompute=recompute, **k))
+def test_recomputing_runs_each_block_a_second_time_for_the_gradient(folder, tmp_path, monkeypatch):
+    calls = []
+    forward = Block.forward
+
+    def counted(self, *args):
+        calls.append(self)
+        return forward(self, *args)
+
+    monkeypatch.setattr(Block, "forward", counted)
+    n_calls = []
     for flags in ([], ["--recompute"]):
-        make(folder, tmp_path, *flags).train_step()
-    assert seen == [False, True]
+        trainer = make(folder, tmp_path, *flags)
+        calls.clear()
+        trainer.train_step()
+        n_calls.append(len(calls))
+        trainer.close()
+    n_blocks = len(trainer.model.layers)
+    assert n_calls == [n_blocks, 2 * n_blocks]
 
 
 @pytest.mark.parametrize("flags", [["--eval_every", "1000"], ["--eval_every", "2"], ["--workers", "1"]])
@@ -621,14 +640,35 @@ def test_a_document_longer_than_the_one_segment_of_full_attention_is_named(capsy
 
 
 def test_what_is_shorter_than_a_segment_is_one_that_writes_nothing(folder, tmp_path, monkeypatch):
-    seen, real = [], LM2.forward
-    monkeypatch.setattr(LM2, "forward", lambda self, idx, *a, segment_len, write, **k: seen.append(
-        (idx.shape[1], segment_len, write)) or real(self, idx, *a, segment_len=segment_len, write=write, **k))
-    for stage in "2:0", "12:2:32":
-        make(folder, tmp_path, "--stages", stage, "--plain", "0.5").train_step()
-    (short, *of_short), (long, *of_long) = seen
-    assert short < 64 and of_short == [short, False]
-    assert long > 32 and long % 32 == 0 and of_long == [32, True]
+    calls = []
+    writes = []
+    forward = LM2.forward
+    write = Memory.write
+
+    def watched_forward(self, idx, *args, segment_len, **options):
+        calls.append((idx.shape[1], segment_len))
+        return forward(self, idx, *args, segment_len=segment_len, **options)
+
+    def watched_write(self, *args):
+        writes.append(self)
+        return write(self, *args)
+
+    monkeypatch.setattr(LM2, "forward", watched_forward)
+    monkeypatch.setattr(Memory, "write", watched_write)
+
+    make(folder, tmp_path / "a", "--stages", "2:0", "--plain", "0.5").train_step()
+    ((n_tokens, segment_len),) = calls
+    assert n_tokens < 64
+    assert segment_len == n_tokens
+    assert writes == []
+
+    calls.clear()
+    make(folder, tmp_path / "b", "--stages", "12:2:32", "--plain", "0.5").train_step()
+    ((n_tokens, segment_len),) = calls
+    assert n_tokens > 32 and n_tokens % 32 == 0
+    assert segment_len == 32
+    n_written = n_tokens // 32 - 1  # all segments but the last
+    assert len(writes) == n_written * SIZES["n_layer"]
 
 
 def test_a_run_that_is_interrupted_does_not_save_a_gradient_that_is_not_finite(folder, tmp_path, monkeypatch):
@@ -772,21 +812,41 @@ def test_the_learning_rate_warms_up_and_ends_at_zero(step, done, rate):
 
 # Checkpoints
 
+def shrink(argv):
+    """Run assets/shrink.py, which is no module of the project."""
+    spec = importlib.util.spec_from_file_location("shrink", ROOT / "assets" / "shrink.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(argv)
+
+
 def test_a_small_copy_answers_as_the_checkpoint_does_and_replaces_nothing(fit, tmp_path, capsys):
     fit(tmp_path / "run", "--tokens", "100")
-    whole, small = tmp_path / "run" / "ckpt.pt", tmp_path / "small.pt"
-    checkpoint.main([str(whole), str(small)])
-    (model, _, _), (copied, tokenizer, content) = load_checkpoint(whole), load_checkpoint(small)
-    assert "MiB" in capsys.readouterr().out and small.stat().st_size < whole.stat().st_size / 2
-    for (name, p), q in zip(model.state_dict().items(), copied.state_dict().values()):
-        assert q.dtype == torch.float32 and (p - q).abs().max() <= 0.005 * p.abs().max(), name
-    assert content["train"]["tasks"] == "qa1" and tokenizer.n_vocab == 2048
+    whole = tmp_path / "run" / "ckpt.pt"
+    small = tmp_path / "small.pt"
+    shrink([str(whole), str(small)])
+    model, _ = load_checkpoint(whole)
+    copied, content = load_checkpoint(small)
+    assert f"{small}: " in capsys.readouterr().out
+    assert small.stat().st_size < whole.stat().st_size / 2
+    assert {p.dtype for p in content["model"].values()} == {torch.bfloat16}
+    for name, p in model.state_dict().items():
+        q = copied.state_dict()[name]
+        assert q.dtype == torch.float32
+        assert (p - q).abs().max() <= 0.005 * p.abs().max(), name
+    assert content["train"]["tasks"] == "qa1"
+    assert of_checkpoint(content, small).ranks == load().ranks
     before = small.read_bytes()
-    for flags in ([whole, small], [whole, tmp_path / "no" / "x.pt"], [tmp_path / "no.pt", tmp_path / "y.pt"]):
-        assert str(tmp_path) in refused(capsys, checkpoint.main, *flags)
+    for flags in (
+        [whole, small],
+        [whole, tmp_path / "no" / "x.pt"],
+        [tmp_path / "no.pt", tmp_path / "y.pt"],
+    ):
+        assert str(tmp_path) in refused(capsys, shrink, *flags)
     assert small.read_bytes() == before
     small.rename(whole)
-    assert "no training to resume" in refused(capsys, train.main, "--resume", "--out_dir", tmp_path / "run")
+    resume = ["--resume", "--out_dir", tmp_path / "run"]
+    assert "no training to resume" in refused(capsys, train.main, *resume)
 
 
 @pytest.mark.parametrize("change", [dict(colour=1), dict(usual=None)])
@@ -801,10 +861,10 @@ def test_a_checkpoint_of_other_knobs_is_not_gone_on_with(capsys, short, tmp_path
 def test_a_checkpoint_gives_back_weights_sizes_and_tokenizer(folder, tmp_path):
     trainer = advance(make(folder, tmp_path), 1)
     trainer.save()
-    model, tokenizer, _ = load_checkpoint(tmp_path / "ckpt.pt")
+    model, saved = load_checkpoint(tmp_path / "ckpt.pt")
     assert model.cfg == trainer.model.cfg
     assert same_tensors(dict(model.state_dict()), dict(trainer.model.state_dict()))
-    assert tokenizer.ranks == trainer.tokenizer.ranks
+    assert of_checkpoint(saved, tmp_path / "ckpt.pt").ranks == trainer.tokenizer.ranks
 
 
 @torch.no_grad()
@@ -812,7 +872,6 @@ def read(model, idx, sizes):
     out, state = [], None
     for piece in idx.split(sizes, dim=1):
         logits, _, state = model(piece, state=state)
-        state.owned = True
         out.append(logits)
     return torch.cat(out, dim=1), state
 
@@ -825,8 +884,8 @@ def long_model(tmp_path_factory):
     model = LM2(LM2Config(vocab_size=load().n_vocab, segment_len=128, **SIZES))
     with torch.no_grad():
         model.output.weight.normal_(std=0.5)
-    save_checkpoint(path, model, load())
-    model, _, _ = load_checkpoint(path)
+    save_checkpoint(path, model)
+    model, _ = load_checkpoint(path)
     idx = torch.randint(64, (1, 4096), generator=torch.Generator().manual_seed(0))
     double = LM2(model.cfg).double()
     double.load_state_dict(model.state_dict())
@@ -846,7 +905,9 @@ def test_4096_tokens_in_pieces_give_the_logits_banks_and_answer_of_one_call(long
     model, double, idx, (whole, end) = long_model
     parts, last = read(double, idx, pieces(way))
     assert (whole - parts).abs().max() < 1e-9
-    assert all((a.bank - b.bank).abs().max() < 1e-9 for a, b in zip(end.blocks, last.blocks))
+    for a, b in zip(end.carried, last.carried, strict=True):
+        assert (a - b).abs().max() < 1e-9
+    assert torch.equal(end.open_ids, last.open_ids)
 
     answers = []    # greedy, in the float32 of the checkpoint
     for sizes in ([4096], pieces(way) if way != "tokens" else [4000] + [1] * 96):
@@ -876,11 +937,20 @@ def text_on(monkeypatch, text):
 
 @torch.no_grad()
 def expected(path, text, n, memory=True):
-    """What the checkpoint says to a text, greedily, reading everything again for every token."""
-    model, tokenizer, _ = load_checkpoint(path)
+    """What the checkpoint says to a text, greedily, with everything read again for every token.
+
+    With the memory off, a token is predicted from its own segment alone."""
+    model, saved = load_checkpoint(path)
+    tokenizer = of_checkpoint(saved, path)
+    S = model.cfg.segment_len
     ids = tokenizer.encode(" " + " ".join(text.split()))
     for _ in range(n):
-        ids.append(model(torch.tensor([ids]), keep="last", write=memory)[0].argmax().item())
+        seen = ids
+        if not memory:
+            while len(seen) > S:
+                seen = seen[S:]
+        logits, _, _ = model(torch.tensor([seen]))
+        ids.append(logits[0, -1].argmax().item())
     return tokenizer.decode(ids[-n:]) + "\n"
 
 
@@ -912,7 +982,8 @@ def test_flag_file_standard_input_and_file_with_prompt_are_the_same_text(wild, c
 
 def test_raw_keeps_the_white_space(wild, capsys):
     prompt = "Mary  went\n\nto the kitchen."
-    model, tokenizer, _ = load_checkpoint(wild)
+    model, saved = load_checkpoint(wild)
+    tokenizer = of_checkpoint(saved, wild)
     ids = tokenizer.encode(prompt)
     assert say(capsys, "--ckpt", wild, "--raw", "--prompt", prompt) == tokenizer.decode(
         model.generate(torch.tensor([ids]), 16)[0, len(ids):].tolist()) + "\n"
@@ -949,9 +1020,23 @@ def test_a_prompt_of_hundreds_of_segments_is_read_with_and_without_memory(wild, 
 
 
 def test_without_memory_other_words_are_said(wild, capsys):
-    on, off = (say(capsys, "--ckpt", wild, "--prompt", FIRST + THEN, "--memory", m, "--max_new_tokens",
-                   12) for m in ("on", "off"))
-    assert on == expected(wild, FIRST + THEN, 12) != off == expected(wild, FIRST + THEN, 12, memory=False)
+    flags = ["--ckpt", wild, "--prompt", FIRST + THEN, "--max_new_tokens", 12]
+    on = say(capsys, *flags, "--memory", "on")
+    off = say(capsys, *flags, "--memory", "off")
+    assert on == expected(wild, FIRST + THEN, 12)
+    assert off == expected(wild, FIRST + THEN, 12, memory=False)
+    assert on != off
+
+
+@pytest.mark.parametrize("memory", ["on", "off"])
+@pytest.mark.parametrize("n_tokens", [1, 30, 31, 32, 33, 63, 64, 65])
+def test_what_is_said_goes_on_through_several_segments(wild, capsys, n_tokens, memory):
+    tokenizer = load()
+    ids = tokenizer.encode(" " + FIRST * 3)[:n_tokens]
+    prompt = tokenizer.decode(ids).strip()
+    assert len(tokenizer.encode(" " + prompt)) == n_tokens
+    flags = ["--ckpt", wild, "--prompt", prompt, "--max_new_tokens", 70, "--memory", memory]
+    assert say(capsys, *flags) == expected(wild, prompt, 70, memory == "on")
 
 
 def test_a_temperature_gives_the_same_words_for_the_same_seed_and_others_for_another(wild, capsys):
@@ -1115,14 +1200,26 @@ def test_every_script_names_a_checkpoint_that_is_none(capsys, wild, folder, tmp_
     assert "cut short" in refused(capsys, train.main, "--resume", "--out_dir", tmp_path)
 
 
-def test_a_model_saved_without_a_tokenizer_is_named(capsys, folder, tmp_path):
+@pytest.mark.parametrize("change, says", [
+    (None, "lacks 'tokenizer'"), ("x y", "does not fit"), (5, "does not fit"),
+    ("few", "a tokenizer of 701 tokens, a model of 2048")])
+def test_a_model_without_a_tokenizer_of_its_own_is_named(capsys, folder, tmp_path, change, says):
     path = tmp_path / "ckpt.pt"
-    save_checkpoint(path, LM2(LM2Config(vocab_size=load().n_vocab, segment_len=32, **SIZES)), load())
-    content = torch.load(path, weights_only=True)
-    del content["tokenizer"]
-    torch.save(content, path)
-    assert "tokenizer" in refused(capsys, sample.main, "--ckpt", path, "--prompt", THEN)
-    assert "tokenizer" in refused(capsys, babilong_eval.main, "--ckpt", path, "--background", folder)
+    model = LM2(LM2Config(vocab_size=load().n_vocab, segment_len=32, **SIZES))
+    if change is None:
+        save_checkpoint(path, model)
+    elif change == "few":
+        lines_of_ranks = load().ranks.splitlines(keepends=True)
+        save_checkpoint(path, model, tokenizer="".join(lines_of_ranks[:700]))
+    else:
+        save_checkpoint(path, model, tokenizer=change)
+    for main, flags in (
+        (sample.main, ["--ckpt", path, "--prompt", THEN]),
+        (babilong_eval.main, ["--ckpt", path, "--background", folder]),
+        (train.main, ["--resume", "--out_dir", tmp_path]),
+    ):
+        err = refused(capsys, main, *flags)
+        assert str(path) in err and says in err
 
 
 def test_resuming_without_a_checkpoint_or_from_one_without_training_is_refused(capsys, wild, tmp_path):
@@ -1288,9 +1385,11 @@ def test_every_file_heading_and_test_that_a_document_names_is_there(name):
     assert [test for test in re.findall(r"`(test_\w+)`", text) if f"def {test}(" not in tests] == []
 
 
-@pytest.mark.parametrize("file", ["lm2", "train", "sample", "babilong_eval", "data/babi", "data/babi_world",
-                                  "data/babi_puzzles", "data/babilong", "data/background", "data/download",
-                                  "data/pictures", "data/published", "data/tokenizer"])
+@pytest.mark.parametrize(
+    "file",
+    ["lm2", "train", "sample", "babilong_eval", "assets/shrink", "data/babi", "data/babi_world",
+     "data/babi_puzzles", "data/babilong", "data/background", "data/download", "data/pictures",
+     "data/published", "data/tokenizer"])
 def test_every_command_at_the_head_of_a_script_has_flags_that_it_knows(file, monkeypatch):
     doc = importlib.import_module(file.replace("/", ".")).__doc__
     shown = "\n".join(line for line in doc.splitlines() if line.startswith("    ") and "python " in line)
