@@ -188,6 +188,13 @@ def test_padding_on_the_right_changes_no_logit_of_the_real_tokens(kind):
         near(model(padded)[0][:, : idx.shape[1]], model(idx)[0], 1e-12)
 
 
+@torch.no_grad()
+def test_the_zeros_that_make_narrow_heads_fast_in_long_segments_change_nothing():
+    model, idx = build(segment_len=80), text(2, 70)
+    assert model.cfg.n_embd // model.cfg.n_head < 16
+    near(model(idx)[0][:, :60], model(idx[:, :60])[0], 1e-12)
+
+
 # Whole = streamed
 
 
