@@ -39,7 +39,6 @@ from data.tokenizer import Tokenizer, of_checkpoint
 from lm2 import LM2, RMT, State, load_checkpoint
 
 Model = LM2 | RMT
-ROWS_AT_ONCE = 16  # documents that are read in one call: more take more memory, not less time
 
 
 def of_rows(state: State, rows: list[int]) -> State:
@@ -65,15 +64,13 @@ def read_before_last(model: Model, prompts: list[np.ndarray]) -> State:
     for row, prompt in enumerate(prompts):
         start = last_segment(prompt, model.cfg.segment_len)
         rows_by_start.setdefault(start, []).append(row)
-    for start, all_rows in rows_by_start.items():
-        for i in range(0, len(all_rows), ROWS_AT_ONCE):
-            rows = all_rows[i : i + ROWS_AT_ONCE]
-            # The first token of the last segment makes the model write the segment before it.
-            idx = torch.from_numpy(np.stack([prompts[row][: start + 1] for row in rows]))
-            read = model.read(idx.to(state.open_ids.device))
-            for carried, part in zip(state.carried, read.carried, strict=True):
-                if carried is not None:
-                    carried[rows] = part.to(carried.dtype)
+    for start, rows in rows_by_start.items():
+        # The first token of the last segment makes the model write the segment before it.
+        idx = torch.from_numpy(np.stack([prompts[row][: start + 1] for row in rows]))
+        read = model.read(idx.to(state.open_ids.device))
+        for carried, part in zip(state.carried, read.carried, strict=True):
+            if carried is not None:
+                carried[rows] = part.to(carried.dtype)
     return state
 
 

@@ -4,28 +4,30 @@
     python sample.py --prompt "..."    # let it read a prompt of any length and answer
 
 A document is cut into *segments* of S tokens. Self-attention never crosses a segment's border. What
-came before lives in a bank of N slots, one bank for each block. The tokens of a segment READ the
-bank that they find. When the next segment begins, the tokens of the full one WRITE to the bank,
-once. So the cost of a token does not grow with the document.
+came before lives in a bank of N slots, and each block that has a memory has a bank of its own. The
+tokens of a segment READ the bank that they find. When the next segment begins, the tokens of the
+full one WRITE to the bank, once. So the cost of a token does not grow with the document.
 
-The latest segment of a document is the *open* one: it is not written yet, even when it is full.
-Writing so late has three merits. The last segment of a document is never written for nothing, the
-padding after it reaches no bank, and it does not matter in how many calls a document is read. A new
-document begins with new banks. Gradients flow through all of its segments.
+The latest segment of a document is the *open* one: even when it is full, its tokens have not
+written to the banks yet. Writing so late has three merits. The last segment of a document is never
+written for nothing, the padding after it reaches no bank, and it does not matter in how many calls
+a document is read. A new document begins with new banks. Gradients flow through all its segments.
 
     B, T          documents of a batch, tokens of a call
     G, S          segments of a call, tokens of a segment (`segment_len`)
-    D, L          model width, blocks
+    D, L, n       model width, blocks, any number of tokens
     H, KV         query heads, key/value heads of self-attention
     N, HM         memory slots of a block, heads of the memory's cross-attention
-    M             the bank of one block, (B, N, D): M_t in the paper
-    E             the normalised token stream that enters a memory, (B, G, S, D): E_t in the paper
+    M             the bank of one block, (B, N, D): the paper's M_t
+    E             the normalised residual stream that enters a memory, (B, G, S, D): the paper's E_t
     Q, K, V       of a memory: queries of tokens, keys and values of slots (self-attention: q, k, v)
     A             how much each token reads from each slot, (B, G, HM, S, N)
+    E_mem         what the tokens read, (B, G, S, D); E_gated is what the gate g_out lets through
+    candidates    what each token offers to the slots, (B, G-1, HM, S, D/HM)
+    null          a pretended token that offers nothing, with a learned score for each head: ours
     R             how much each slot takes from each token and from the null, (B, HM, N, S+1)
-    candidates    what each token offers to the slots; C is what a slot takes of them, (B, N, D)
+    C             what the slots take from the candidates of one segment, (B, N, D)
     g_out, g_in, g_forget    the paper's gates of output, input and forgetting
-    null          the score of "nothing here concerns this slot": ours, one for each head
 
 Where the paper is silent or its shapes do not fit, a comment begins with `paper silent:` or
 `differs from paper:`. `RMT`, the baseline with memory tokens, shares all parts but the memory.
@@ -57,10 +59,10 @@ class LM2Config:
     segment_len: int = 128  # S, tokens in a segment, which are all that self-attention sees
     n_slot: int = 16  # N, memory slots of a block
     n_mem_head: int = 8  # HM, heads of the memory's cross-attention
-    n_mem_layer: int | None = None  # the first n blocks have a memory; None: all, 0: plain Llama
+    n_mem_layer: int | None = None  # how many blocks, from the first on, have a memory; None: all
     n_mem_token: int = 0  # memory tokens of an RMT (arXiv 2207.06881), which has no banks
     rope_theta: float = 10000.0  # base of the rotary angles
-    rope_scaling: dict | None = None  # Llama 3's slower long waves: the four keys of its config
+    rope_scaling: dict | None = None  # as in Llama 3.1, with the four keys of its config
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     tie_embeddings: bool = False  # the output head is the token embedding
 
@@ -119,14 +121,15 @@ class State:
     """What has to be kept between two calls on one document: a value that comes out of a call and
     goes into the next one. Its size does not grow with the document.
 
-    Its tensors are never changed in place, so a state can be gone on from many times."""
+    Its tensors are never changed in place, so one state can be continued many times."""
 
     # What the open segment finds. For LM2: the bank of each block, (B, N, D), None for a block
     # without a memory. For RMT: a list of one tensor, its memory tokens (B, n_mem_token, D).
-    # differs from paper: each block keeps a bank of its own, and M_t counts segments, not blocks
+    # differs from paper: each block keeps a bank of its own; t in M_t counts segments, not blocks
     carried: list[Tensor | None]
-    # The ids of the open segment, (B, n_open), 1 <= n_open <= S once a token was read. The next
-    # call reads them again, and writes them if its tokens go beyond this segment.
+    # The ids of the open segment, (B, n_open): none in a new state, later 1 to S. The next call of
+    # `forward` runs them again before its own. If its own do not fit into the segment, the segment
+    # is written.
     open_ids: Tensor
     segment_len: int  # S of this document
 
@@ -187,12 +190,12 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 @dataclass
 class Cache:
-    """What `stream` keeps of one block, so that a new token need not run the open segment again."""
+    """What `stream` keeps for one block, so as not to run the open segment for each token."""
 
-    self_kv: (
-        tuple[Tensor, Tensor] | None
-    )  # k, v of its tokens, (B, KV, n, D/H) each; None: no token
-    bank_kv: tuple[Tensor, Tensor] | None  # K, V of the bank, (B, HM, N, D/HM); None: no memory
+    # k and v of the open segment's tokens so far, (B, KV, n, D/H) each; None before the first.
+    self_kv: tuple[Tensor, Tensor] | None
+    # K and V of the bank, (B, HM, N, D/HM) each; None for a block without a memory.
+    bank_kv: tuple[Tensor, Tensor] | None
 
 
 class Attention(nn.Module):
@@ -228,7 +231,7 @@ class Attention(nn.Module):
         (rows, n, D)."""
         width = self.width
         if width < 16 and q.shape[2] > 64 and q.device.type == "cpu":
-            # Heads this narrow run faster padded to 16 channels: 14 % less for a training step.
+            # On a CPU so narrow heads are faster with zeros added: a step takes 14 % less time.
             q = F.pad(q, (0, 16 - width))
             k = F.pad(k, (0, 16 - width))
             v = F.pad(v, (0, 16 - width))
@@ -238,8 +241,8 @@ class Attention(nn.Module):
         return self.wo(y[..., :width].transpose(1, 2).flatten(-2))
 
     def next_tokens(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
-        """x (B, n, D) -> (B, n, D), and the cache has them too: all tokens of the open segment, or
-        a single one that comes after those in the cache."""
+        """x (B, n, D) -> (B, n, D). Adds the k and v of x to the cache. If the cache is empty, x is
+        all of the open segment; otherwise it is the one token after those in the cache."""
         q, k, v = self.project(x, rope)
         is_first = cache.self_kv is None
         if not is_first:
@@ -267,8 +270,9 @@ class Memory(nn.Module):
         self.w_out = nn.Linear(D, D)
         self.w_in = nn.Linear(D, D)
         self.w_forget = nn.Linear(D, D)
-        # paper silent: a slot may decline a segment, by giving its weight to the null. Where all
-        # tokens score 0, the null takes 0.38 of a slot, at any `segment_len` of the model.
+        # paper silent: a slot may decline a segment, by giving its weight to the null. At the start
+        # the null gets 0.38 of the weight where all tokens of a segment score 0, whatever the
+        # model's segment_len is. In shorter segments it gets more.
         self.null = nn.Parameter(torch.full((cfg.n_mem_head,), math.log(cfg.segment_len) - 0.5))
 
     def heads(self, x: Tensor) -> Tensor:
@@ -282,9 +286,10 @@ class Memory(nn.Module):
     def forward(self, x: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, G, S, D) and the bank M (B, N, D) that the first segment finds -> E_gated
         (B, G, S, D), to be added to x, and the bank that the last segment finds, (B, N, D)."""
-        E = self.token_norm(x)  # paper silent: E is the stream after self-attention
+        E = self.token_norm(x)  # paper silent: E is the residual stream after self-attention
         Q = self.queries(E)  # (B, G, HM, S, D/HM)
-        candidates = self.candidates(E[:, :-1])  # (B, G-1, HM, S, D/HM): the last stays open
+        # The last segment stays open. With G = 1 nothing is written.
+        candidates = self.candidates(E[:, :-1])  # (B, G-1, HM, S, D/HM)
         banks = [M]  # the bank that each segment finds
         # Only this loop is sequential. All else handles G segments at once.
         full_segments = zip(Q[:, :-1].unbind(1), candidates.unbind(1), strict=True)
@@ -295,33 +300,34 @@ class Memory(nn.Module):
         return self.read(Q, K, V), M
 
     def queries(self, E: Tensor) -> Tensor:
-        """E (..., S, D) -> Q (..., HM, S, D/HM). By it tokens find slots to read, and slots find
-        tokens to take from."""
+        """E (..., S, D) -> Q (..., HM, S, D/HM). The same Q serves both ways: tokens choose slots
+        to read, and slots choose tokens to take from."""
         return self.heads(self.wq(E))
 
     def candidates(self, E: Tensor) -> Tensor:
         """What each token offers to the slots: E (..., S, D) -> (..., HM, S, D/HM)."""
         g_in = torch.sigmoid(self.w_in(E))  # Eq. (4)  (..., S, D)
         self.record(g_in=g_in)
-        # differs from paper: its tanh(E_mem) mixes what the slots hold already, and tells of the
-        # token only which slots it read
+        # differs from paper: it writes tanh(E_mem). But E_mem is a mixture of what the slots hold
+        # already; all that it says about a token is which slots the token has read.
         return self.heads(g_in * torch.tanh(self.w_write(E)))
 
     def write(self, M: Tensor, Q: Tensor, candidates: Tensor) -> Tensor:
         """M (B, N, D), Q and candidates of one segment (B, HM, S, D/HM) -> the next M (B, N, D)."""
         K = self.heads(self.wk(self.normed(M)))  # (B, HM, N, D/HM)
-        scores = K @ Q.mT / math.sqrt(Q.shape[-1])  # (B, HM, N, S): those of the read, turned round
+        scores = K @ Q.mT / math.sqrt(Q.shape[-1])  # (B, HM, N, S): the read's, transposed
         null = self.null[:, None, None].expand(*scores.shape[:-1], 1)  # (B, HM, N, 1)
-        # differs from paper: Eqs. (5), (6) add T x d to a bank of N x d. R pools S tokens into N
-        # slots: a softmax over tokens and the null, where the read has one over slots.
+        # differs from paper: Eqs. (5), (6) have tokens (T x d) where the bank has slots (N x d). R
+        # pools the S tokens of a segment into N slots, and both equations take the result, C. It is
+        # a softmax over tokens and the null, where the read has one over slots.
         R = torch.cat((scores, null), dim=-1).softmax(dim=-1, dtype=M.dtype)  # (B, HM, N, S+1)
         taken = R[..., :-1].to(candidates.dtype) @ candidates  # (B, HM, N, D/HM)
-        share = 1 - R[..., -1:]  # (B, HM, N, 1): what the null has left is written anew
+        share = 1 - R[..., -1:]  # (B, HM, N, 1): the weight of all tokens together
         C = self.merge(taken)  # (B, N, D)
         w = self.merge(share.expand_as(taken))  # (B, N, D), the same for all channels of a head
-        g_forget = torch.sigmoid(self.w_forget(C))  # Eq. (5)  (B, N, D), 1 keeps what is there
+        g_forget = torch.sigmoid(self.w_forget(C))  # Eq. (5)  (B, N, D), where 1 is to keep
         self.record(R=R, g_forget=g_forget)
-        # differs from paper: a slot forgets in proportion to w, and keeps all where w is 0
+        # differs from paper: a slot forgets in proportion to w, and nothing where w is 0
         return C + (1 - w * (1 - g_forget)) * M  # Eq. (6)  (B, N, D)
 
     def keys_and_values(self, M: Tensor) -> tuple[Tensor, Tensor]:
@@ -337,7 +343,7 @@ class Memory(nn.Module):
         """Q (..., HM, S, D/HM), K and V (..., HM, N, D/HM) -> E_gated (..., S, D)."""
         # differs from paper: no causal mask is needed, as slots hold earlier segments only
         scores = Q @ K.mT / math.sqrt(Q.shape[-1])  # (..., HM, S, N)
-        A = scores.softmax(dim=-1).to(V.dtype)  # Eq. (1)  over slots; autocast makes float32 of it
+        A = scores.softmax(dim=-1).to(V.dtype)  # Eq. (1)  over slots (float32 under autocast)
         E_mem = self.merge(A @ V)  # (..., S, D)
         g_out = torch.sigmoid(self.w_out(E_mem))  # Eq. (2)  (..., S, D)
         self.record(A=A, g_out=g_out)
@@ -345,12 +351,12 @@ class Memory(nn.Module):
         return g_out * E_mem  # Eq. (3)  (..., S, D)
 
     def next_tokens(self, x: Tensor, cache: Cache) -> Tensor:
-        """x (B, n, D), tokens of the open segment, which only read -> E_gated (B, n, D)."""
+        """x (B, n, D), tokens of the open segment -> E_gated (B, n, D). Nothing is written here."""
         K, V = cache.bank_kv
         return self.read(self.queries(self.token_norm(x)), K, V)
 
     def record(self, **weights_and_gates: Tensor) -> None:
-        """A hook that does nothing. Who draws the memory replaces it and collects what it gets."""
+        """Does nothing. A plotting tool replaces it, to collect these weights and gates."""
 
 
 class FeedForward(nn.Module):
@@ -393,8 +399,8 @@ class Block(nn.Module):
         return x, M
 
     def next_tokens(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
-        """The same for x (B, n, D), the next tokens of the open segment, which never write. Whoever
-        changes the order in `forward` has to change it here too."""
+        """As `forward`, for the next tokens of the open segment: x (B, n, D) -> (B, n, D). Nothing
+        is written here. Whoever changes the order in `forward` has to change it here too."""
         x = x + self.attention.next_tokens(self.attention_norm(x), rope, cache)
         if self.memory is not None:
             x = x + self.memory.next_tokens(x, cache)
@@ -407,7 +413,7 @@ class Block(nn.Module):
 
 
 def choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """logits (B, V) -> ids (B,): the likeliest at temperature 0, otherwise drawn at random."""
+    """logits (B, vocab) -> ids (B,): the likeliest at temperature 0, otherwise drawn at random."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     below_top = logits - logits.amax(dim=-1, keepdim=True)  # a tiny temperature cannot overflow
@@ -419,7 +425,7 @@ class Decoder(nn.Module):
     """What LM2 and RMT share. Parameters are named as in Meta's Llama.
 
     Each of the two adds `forward`, what is carried from segment to segment (`carried_shapes`,
-    `first_carried`), and what a stream begins with in a segment (`start_stream`)."""
+    `first_carried`), and the first input of `stream` in a segment (`start_stream`)."""
 
     def __init__(self, cfg: LM2Config):
         super().__init__()
@@ -440,7 +446,7 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Normal weights of standard deviation 1/sqrt(fan-in), times 1/sqrt(2 L) where the result
-        is added to the stream. (The memory has no output projection: its wv plays that part.)
+        is added to the residual stream. (In a memory that is wv: `w_out` is a gate.)
 
         A subclass calls it when all its parameters are there."""
         for name, p in self.named_parameters():
@@ -450,12 +456,14 @@ class Decoder(nn.Module):
                     deviation *= (2 * self.cfg.n_layer) ** -0.5
                 p.normal_(std=deviation)
             elif name.endswith(".w_forget.bias"):
-                p.fill_(1.0)  # forget gates start open, at sigmoid(1)
+                p.fill_(1.0)  # a forget gate starts near sigmoid(1) = 0.73: it keeps most
             elif name.endswith(".bias"):
                 p.zero_()
-        # Unit size, so that a token is still visible in the stream after the first blocks.
+        # Unit size: a token is still visible in the residual stream after the first blocks.
         self.tok_embeddings.weight.normal_()
-        # Last: where the two are one table, it has to start as a head.
+        if self.cfg.n_mem_token:
+            self.mem_tokens.normal_()  # of an RMT: as large as the normed outputs that follow it
+        # Last, so that tied embeddings start with the head's small values.
         self.output.weight.normal_(std=0.02)
 
     @property
@@ -566,21 +574,21 @@ class Decoder(nn.Module):
     def read(
         self, idx: Tensor, state: State | None = None, segments_per_call: int | None = None
     ) -> State:
-        """Read a document of any length in constant memory: idx (B, T) -> the state after it.
+        """Read a document of any length in constant RAM: idx (B, T) -> the state after it.
 
-        It is read in pieces of whole segments. By default a piece has about 4,096 tokens in all
-        rows together (more on a GPU), but at least 16 segments, as each call reads the open segment
-        again."""
+        Each call of `forward` gets segments_per_call * segment_len tokens of each row. By default
+        these are about 4,096 tokens in all rows together (more on a GPU), but at least 4 segments
+        of each row, as each call runs the open segment again."""
         self.check_call(idx, None, None)
         state = self.checked_state(idx.shape[0], state, None)
         if state.open_ids.shape[1] + idx.shape[1] <= state.segment_len:
-            # Nothing is to be written, and a state keeps only the ids of the open segment.
+            # Nothing is to be written: the state only gets more open ids, and no block has to run.
             return State(state.carried, torch.cat((state.open_ids, idx), dim=1), state.segment_len)
         if segments_per_call is None:
             tokens = 4096
             if idx.is_cuda:
                 tokens = 2**25 // self.cfg.n_embd  # 2**25 numbers in one (tokens, D) tensor
-            segments_per_call = max(16, tokens // (idx.shape[0] * state.segment_len))
+            segments_per_call = max(4, tokens // (idx.shape[0] * state.segment_len))
         no_logits = idx.new_zeros(0)
         for piece in idx.split(segments_per_call * state.segment_len, dim=1):
             _, _, state = self(piece, state=state, at=no_logits)  # `forward` of LM2 or RMT
@@ -597,17 +605,17 @@ class Decoder(nn.Module):
     ) -> Iterator[Tensor]:
         """Read idx (B, T), then yield max_new_tokens ids, (B,) each, as they are made.
 
-        Within a segment only the new token goes through the blocks, thanks to a cache in each. At
-        the segment's end the caches are dropped, and one ordinary call reads the full segment again
-        and writes it: a write needs E of every token, and caches have none."""
+        Within a segment only the new token goes through the blocks: each block has a cache. At the
+        segment's end the caches are dropped, and one ordinary call runs the full segment again and
+        writes it: a write needs E of every token, and caches have none."""
         state = self.read(idx, state)
         x, caches = self.start_stream(state)
-        position = 0  # of the first token of x, in the open segment
+        position = 0  # of x[:, 0] in the open segment; an RMT counts its memory vectors too
         for i in range(max_new_tokens):
             rope = self.rope(position, position + x.shape[1])
             for block, cache in zip(self.layers, caches, strict=True):
                 x = block.next_tokens(x, rope, cache)
-            logits = self.output(self.norm(x[:, -1]))  # (B, V)
+            logits = self.output(self.norm(x[:, -1]))  # (B, vocab)
             new = choose(logits, temperature, generator)  # (B,)
             yield new
             if i + 1 == max_new_tokens:
@@ -679,15 +687,15 @@ class LM2(Decoder):
         at: Tensor | None = None,
         segment_len: int | None = None,
     ) -> tuple[Tensor, Tensor | None, State]:
-        """idx (B, T) int64, any T >= 1 -> logits (B, T, V), loss, the state after the last token.
+        """idx (B, T) int64, any T >= 1 -> logits (B, T, vocab), loss, the state after these tokens.
 
         targets      (B, T) int64, already shifted, -1 where no token is asked for. The loss is the
                      mean over the others, 0 if there are none, and None without targets.
         state        what an earlier call returned for the tokens before these. None starts a
-                     document. Going on token by token is right but slow, as each call reads the
+                     document. Going on token by token is right but slow, as each call runs the
                      open segment again: `stream` keeps a cache for that.
         at           (n,) int64, the flat positions row * T + column whose logits are wanted. Then
-                     logits are (n, V), and targets (n,).
+                     logits are (n, vocab), and targets (n,).
         segment_len  shorter segments than the model's, for a document that starts here.
         Raises ValueError for inputs and states that do not fit."""
         self.check_call(idx, targets, at)
@@ -695,7 +703,8 @@ class LM2(Decoder):
         n_open = state.open_ids.shape[1]
         ids = torch.cat((state.open_ids, idx), dim=1)
         n_ids = ids.shape[1]  # n_open + T
-        S = min(state.segment_len, n_ids)  # a single segment need not be filled up
+        # A call of less than one segment makes a shorter one, which needs no padding.
+        S = min(state.segment_len, n_ids)
         # Fill up the last segment. Nothing depends on the padding: self-attention is causal, and
         # the last segment is not written.
         n_padding = -n_ids % S
@@ -713,9 +722,9 @@ class LM2(Decoder):
 class RMT(Decoder):
     """The Recurrent Memory Transformer (arXiv 2207.06881), a baseline.
 
-    Memory vectors, `n_mem_token` of them, are put before and after the tokens of a segment. The
-    outputs of those after, normed, are the memory of the next segment. Attention is
-    causal, so tokens see only those before."""
+    A memory of `n_mem_token` vectors stands before the tokens of each segment. A full segment has
+    the same vectors after its tokens too: their outputs, normed, are the next segment's memory.
+    Attention is causal, so no token sees the vectors after it."""
 
     def __init__(self, cfg: LM2Config):
         super().__init__(cfg)
@@ -723,11 +732,6 @@ class RMT(Decoder):
             raise ValueError(f"n_mem_token {cfg.n_mem_token} must be at least 1 for an RMT")
         self.mem_tokens = nn.Parameter(torch.empty(cfg.n_mem_token, cfg.n_embd))
         self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        super().init_weights()
-        self.mem_tokens.normal_()  # the size of the normed outputs that take its place
 
     def carried_shapes(self, batch: int) -> list[tuple[int, ...] | None]:
         """(B, n_mem_token, D), once."""
@@ -763,12 +767,13 @@ class RMT(Decoder):
         outputs = []
         for g, segment in enumerate(segments):
             tokens = self.tok_embeddings(segment)  # (B, n, D)
+            memory = memory.to(tokens.dtype)
             is_last = g + 1 == len(segments)
             if is_last:  # it stays open: no memory is wanted from it
                 x = torch.cat((memory, tokens), dim=1)
             else:
                 x = torch.cat((memory, tokens, memory), dim=1)
-            x = x[:, None]  # (B, 1, n_memory + n (+ n_memory), D), for the blocks one segment
+            x = x[:, None]  # (B, 1, n_memory + n (+ n_memory), D): the blocks see one segment
             x, _ = self.through_blocks(x, no_banks, self.rope(0, x.shape[2]))
             x = x[:, 0]
             outputs.append(x[:, n_memory : n_memory + segment.shape[1]])
@@ -809,28 +814,28 @@ def save_checkpoint(path: str | Path, model: LM2 | RMT, **content) -> None:
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[LM2 | RMT, dict]:
-    """The model of a file of `save_checkpoint`, on `device`, and everything that the file holds.
+    """The model of a file of `save_checkpoint`, on `device`, and everything that the file holds, on
+    the CPU.
 
-    Loading never runs code from the file. Raises ValueError, in one line, for a file that is
-    missing, cut short, or of another format."""
+    Loading never runs code from the file. Raises ValueError, with a message of one line, for a file
+    that is missing, cut short, or of another format."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}: name another, or run python train.py")
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except (PermissionError, MemoryError, torch.OutOfMemoryError):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (PermissionError, MemoryError):
         raise
     except Exception:  # a broken zip, pickle or tensor: torch has no common class for them
         raise ValueError(f"{path} is cut short or no checkpoint: name another") from None
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(f"{path} is of another format than {CHECKPOINT_FORMAT}: name another")
     try:
-        with torch.device(device):
-            model = build_model(LM2Config(**content["config"]))
+        model = build_model(LM2Config(**content["config"]))
         model.load_state_dict(content["model"], strict=True)
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}: name another checkpoint") from None
     except (AttributeError, TypeError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not fit this code: {reason}") from None
-    return model, content
+    return model.to(device), content

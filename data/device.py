@@ -10,7 +10,6 @@ import ctypes
 import shutil
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, dtype=torch.float64, device=device).item()  # angles are made in float64
+        torch.zeros(1, dtype=torch.float64, device=device).item()  # fails where it is not
         if device.type == "cuda" and device.index:
             torch.cuda.set_device(device)  # graphs are recorded on the current one
         return device
@@ -54,7 +53,8 @@ def compile_blocks(model: nn.Module, **options) -> None:
     """Compile in place, with torch.compile's options, what the segments of a document pass through.
 
     The parts of a memory are compiled one by one. The loop over segments stays outside of them, so
-    that a longer document needs no other graph. All blocks share their graphs."""
+    that a longer document needs no other graph. All blocks share their graphs. A deepcopy of a
+    compiled model would go on with the weights of the original: copy first."""
     config = torch._dynamo.config
     # PyTorch gives up after 8 graphs of one function. Ours need more: one for each set of shapes.
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
@@ -118,6 +118,15 @@ class CudaGraphs:
         return output.clone()
 
 
+class BFloat16Linear(nn.Linear):
+    """A linear layer that multiplies in bfloat16 and returns the dtype that it was given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)"""
+        bias = None if self.bias is None else self.bias.bfloat16()
+        return F.linear(x.bfloat16(), self.weight.bfloat16(), bias).to(x.dtype)
+
+
 def bfloat16_layers(model: nn.Module) -> None:
     """Let every linear layer multiply in bfloat16 from now on. Weights, their gradients and all
     else stay as they are.
@@ -125,14 +134,8 @@ def bfloat16_layers(model: nn.Module) -> None:
     On a GPU autocast does that. A CPU with tiles for it (AMX) takes a quarter of the time for such
     a product. Autocast would also move small attention to bfloat16, which is slower there."""
     for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            layer.forward = partial(bfloat16_product, layer)
-
-
-def bfloat16_product(layer: nn.Linear, x: Tensor) -> Tensor:
-    """x (..., in) -> (..., out) in the dtype of x."""
-    bias = None if layer.bias is None else layer.bias.bfloat16()
-    return F.linear(x.bfloat16(), layer.weight.bfloat16(), bias).to(x.dtype)
+        if type(layer) is nn.Linear:
+            layer.__class__ = BFloat16Linear  # one class for all layers, so that they share graphs
 
 
 def peak_memory() -> int:

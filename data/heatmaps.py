@@ -144,7 +144,7 @@ def writes(model: LM2, ids: Tensor, cuts: list[int], head: str) -> list[Written]
     state = None
     for start in range(0, ids.shape[1], S):  # one at a time: R of a million tokens is gigabytes
         with recording(model) as notes:
-            _, _, state = model(ids[:, start : start + S], state=state)
+            _, _, state = model(ids[:, start : start + S], state=state, at=ids.new_zeros(0))
         if start == 0:
             continue  # the first segment is written in the second call
         first = start - S  # where the segment starts that was written now
