@@ -19,7 +19,7 @@ closest to the question.
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def of_rows(state: State, rows: list[int]) -> State:
     return state.map(lambda tensor: tensor[rows])
 
 
-def last_segment(prompt: np.ndarray, segment_len: int) -> int:
+def last_segment(prompt: Sequence[int], segment_len: int) -> int:
     """Where the last segment of a prompt (T,) starts, in which it is answered."""
     return (len(prompt) - 1) // segment_len * segment_len
 

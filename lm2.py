@@ -430,9 +430,8 @@ class Decoder(nn.Module):
     def __init__(self, cfg: LM2Config):
         super().__init__()
         self.cfg = cfg
-        self.frequencies = rope_frequencies(
-            cfg
-        )  # Python floats, as .bfloat16() would round a buffer
+        # Python floats, as .bfloat16() would round a buffer.
+        self.frequencies = rope_frequencies(cfg)
         self.recompute = False  # activation checkpointing: less RAM, a third more work
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.layers = nn.ModuleList()
@@ -533,7 +532,7 @@ class Decoder(nn.Module):
         if rows != batch or n_open > state.segment_len:
             raise ValueError(
                 f"the state has {n_open} open ids in {rows} rows, but this batch has {batch} rows "
-                f"and a segment {state.segment_len} tokens"
+                f"and its segments have {state.segment_len} tokens"
             )
         return state
 
@@ -741,11 +740,15 @@ class RMT(Decoder):
         """The learned first memory, (B, n_mem_token, D)."""
         return [self.mem_tokens.repeat(batch, 1, 1)]
 
+    def memory_of(self, state: State) -> Tensor:
+        """(B, n_mem_token, D) in the dtype of this model, whatever model the state comes from."""
+        (memory,) = state.carried
+        return memory.to(self.mem_tokens.dtype)
+
     def start_stream(self, state: State) -> tuple[Tensor, list[Cache]]:
         """The memory and the embeddings of the open segment, (B, n_mem_token + n, D), and one new
         cache per block."""
-        (memory,) = state.carried
-        x = torch.cat((memory, self.tok_embeddings(state.open_ids)), dim=1)
+        x = torch.cat((self.memory_of(state), self.tok_embeddings(state.open_ids)), dim=1)
         return x, [block.new_cache(None) for block in self.layers]
 
     def forward(
@@ -759,7 +762,7 @@ class RMT(Decoder):
         """As LM2's, but segments are read one after another."""
         self.check_call(idx, targets, at)
         state = self.checked_state(idx.shape[0], state, segment_len)
-        (memory,) = state.carried
+        memory = self.memory_of(state)
         n_memory = self.cfg.n_mem_token
         no_banks = [None] * len(self.layers)
         ids = torch.cat((state.open_ids, idx), dim=1)
@@ -767,7 +770,6 @@ class RMT(Decoder):
         outputs = []
         for g, segment in enumerate(segments):
             tokens = self.tok_embeddings(segment)  # (B, n, D)
-            memory = memory.to(tokens.dtype)
             is_last = g + 1 == len(segments)
             if is_last:  # it stays open: no memory is wanted from it
                 x = torch.cat((memory, tokens), dim=1)
@@ -787,7 +789,7 @@ class RMT(Decoder):
 
 def build_model(cfg: LM2Config) -> LM2 | RMT:
     """The model of these sizes: an RMT if they have memory tokens, otherwise an LM2."""
-    return RMT(cfg) if cfg.n_mem_token else LM2(cfg)
+    return RMT(cfg) if cfg.kind == "rmt" else LM2(cfg)
 
 
 CHECKPOINT_FORMAT = "lm2-checkpoint-1"
@@ -801,7 +803,7 @@ def save_checkpoint(path: str | Path, model: LM2 | RMT, **content) -> None:
     everything = dict(
         format=CHECKPOINT_FORMAT, config=asdict(model.cfg), model=model.state_dict(), **content
     )
-    partial = Path(f"{path}.tmp")
+    partial = Path(f"{path}.tmp")  # as data.cli.replacing does, but this file needs no other
     try:
         with open(partial, "wb") as file:
             torch.save(everything, file)

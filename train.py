@@ -137,7 +137,7 @@ def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
 
 
 def optimizer_groups(model: LM2 | RMT, weight_decay: float) -> list[dict]:
-    """The parameters in two groups for AdamW: matrices decay, norms, biases and the null scores do not."""
+    """Two groups of parameters for AdamW: matrices decay, norms, biases and null scores do not."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     return [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from babilong_eval import answer, read_before_last
+from babilong_eval import answer, last_segment, read_before_last
 from data.device import run_eager
 from data.document import Document
 from data.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ def pick(x: Tensor, head: str) -> Tensor:
 
 def last_segment_start(model: LM2, ids: Tensor) -> int:
     """Where the last segment of ids (1, T) starts."""
-    return (ids.shape[1] - 1) // model.cfg.segment_len * model.cfg.segment_len
+    return last_segment(ids[0], model.cfg.segment_len)
 
 
 def prepare(model: LM2, doc: Document, layer: int | None) -> Tensor:

@@ -102,7 +102,8 @@ def load(path: str | Path | None = None) -> Tokenizer:
 
 
 def of_checkpoint(content: dict, path: str | Path) -> Tokenizer:
-    """The tokenizer whose ranks a checkpoint holds; ValueError names a file without one that fits its model."""
+    """The tokenizer whose ranks a checkpoint holds. ValueError names a file that has none, or one
+    that does not fit its model."""
     if "tokenizer" not in content:
         raise ValueError(f"{path} lacks 'tokenizer': name another checkpoint")
     try:

@@ -253,6 +253,9 @@ class TransformersLlama(nn.Module):
         super().__init__()
         from transformers import LlamaConfig, LlamaForCausalLM
 
+        rope = dict(rope_type="default", rope_theta=cfg.rope_theta)
+        if cfg.rope_scaling is not None:
+            rope.update(cfg.rope_scaling, rope_type="llama3")
         config = LlamaConfig(
             vocab_size=cfg.vocab_size,
             hidden_size=cfg.n_embd,
@@ -263,6 +266,7 @@ class TransformersLlama(nn.Module):
             max_position_embeddings=cfg.segment_len,
             rms_norm_eps=cfg.norm_eps,
             tie_word_embeddings=cfg.tie_embeddings,
+            rope_parameters=rope,
             attn_implementation="sdpa",
             use_cache=False,
         )

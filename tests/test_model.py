@@ -22,6 +22,7 @@ from torch._dynamo.utils import counters
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
+import bench  # noqa: E402
 import reference  # noqa: E402
 from data.device import bfloat16_layers, compile_blocks, is_compiled, run_eager  # noqa: E402
 from data.heatmaps import recording  # noqa: E402
@@ -432,6 +433,18 @@ def test_a_state_has_as_many_bytes_after_a_hundred_thousand_tokens_as_after_a_th
 
 @with_memory
 @torch.no_grad()
+def test_a_state_of_a_float32_model_is_continued_by_the_same_model_in_bfloat16(kind):
+    model, idx = build(kind, dtype=torch.float32), text(2, 2 * S + 2)
+    rounded = copy.deepcopy(model).bfloat16()
+    fresh, later = model.initial_state(2), model(idx)[2]
+    for state in (fresh, later):
+        logits = rounded(idx, state=state)[0].float()
+        near(logits, model(idx, state=state)[0], 0.15)
+        assert rounded.generate(idx[:, :2], S, state=state).shape == (2, S + 2)
+
+
+@with_memory
+@torch.no_grad()
 def test_rows_of_a_state_do_not_share_memory(kind):
     model = build(kind)
     for state in (model.initial_state(2), model(text(2, 2 * S + 1))[2]):
@@ -596,23 +609,10 @@ def test_without_memory_it_is_a_llama_whose_positions_restart_in_every_segment(s
 
 
 def test_without_memory_it_gives_the_logits_of_transformers_llama():
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
     model = build("llama", dtype=torch.float32, segment_len=40, n_embd=32, rope_scaling=LLAMA3)
     cfg = model.cfg
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=cfg.vocab_size,
-            hidden_size=cfg.n_embd,
-            intermediate_size=cfg.ffn_dim,
-            num_hidden_layers=cfg.n_layer,
-            num_attention_heads=cfg.n_head,
-            num_key_value_heads=cfg.n_kv_head,
-            rms_norm_eps=cfg.norm_eps,
-            rope_parameters=dict(LLAMA3, rope_type="llama3", rope_theta=cfg.rope_theta),
-            max_position_embeddings=128,
-            tie_word_embeddings=False,
-        )
-    ).eval()
+    theirs = bench.TransformersLlama(cfg).model.eval()
     width = cfg.n_embd // cfg.n_head
     names = {
         "tok_embeddings": "model.embed_tokens",
