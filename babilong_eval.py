@@ -530,8 +530,10 @@ def run(args) -> None:
     counts = read_lengths(args.lengths, args.n)
     models = read_models(args.ckpt, device)
     first = next(iter(models.values()))
-    asked_tasks = args.tasks or first.train.get("tasks", "qa1").split()
-    tasks = list(dict.fromkeys(asked_tasks))
+    trained_tasks = first.train.get("tasks", ("qa1",))
+    if isinstance(trained_tasks, str):  # in older checkpoints
+        trained_tasks = trained_tasks.split()
+    tasks = list(dict.fromkeys(args.tasks or trained_tasks))
     beside = name_and_path(args.ckpt[0])[1].with_name("predictions.jsonl")
     out = Path(args.out or beside)
     check_out(args, out)

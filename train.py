@@ -1,20 +1,39 @@
 """Train LM2 on BABILong documents made on the fly: few facts first, then prose, then many segments.
 
-    python train.py --tokens 300000 --table_n 9 --out_dir out/quick  # a minute: it runs, it learns nothing
-    python train.py                                         # the default model, minutes on two CPU cores
-    python train.py --tokens 30000000 --minutes 20          # stops after 20 minutes, saves, evaluates ...
-    python train.py --resume --minutes 20                   # ... and goes on where it stopped
+    # half a minute: it runs, it learns nothing
+    python train.py --tokens 300000 --table_n 9 --out_dir out/quick
+    # the default model: minutes on two CPU cores
+    python train.py
+    # stop after 20 minutes, and go on later
+    python train.py --tokens 30000000 --minutes 20
+    python train.py --resume --minutes 20
+    # on several GPUs, which share the micro-batches of a step
+    torchrun --nproc_per_node 4 train.py --preset gpu --accumulate 4 --batch_size 16
 
-Writes ckpt.pt, metrics.jsonl and, of the table of accuracy against length that it ends with, table.jsonl to
---out_dir. `python babilong_eval.py` and `python sample.py` read the checkpoint.
+Writes ckpt.pt, metrics.jsonl and table.jsonl to --out_dir. The table is that of accuracy against
+length, with which a run ends. `python babilong_eval.py` and `python sample.py` read the checkpoint.
+
+`train` is the loop. On a CPU, several processes of one thread each share a step, since small
+products are not worth splitting among threads.
 """
+
+import contextlib
 import math
+import multiprocessing.connection
+import os
 import random
+import signal
+import statistics
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,373 +41,1002 @@ from babilong_eval import evaluate
 from data import background
 from data.babi import TASKS
 from data.babilong import Builder
-from data.batches import Batches, Curriculum, Maker, Stage
-from data.cli import JsonLines, Parser, interrupts_kept, one_line
-from data.device import (CudaGraphs, bfloat16_layers, check_compiler, compile_blocks, keep_freed_memory,
-                         pick_device, run_eager)
+from data.cli import JsonLines, Parser, flag, interrupts_kept, one_line
+from data.device import (
+    CudaGraphs,
+    bfloat16_layers,
+    check_compiler,
+    compile_blocks,
+    keep_freed_memory,
+    pick_device,
+    run_eager,
+)
 from data.document import length_name, parse_length
-from data.helpers import Helpers, add_gradients, help_step
+from data.lessons import Batch, Batches, Curriculum, Lessons, Stage, parse_stages
 from data.metrics import cells, table
 from data.predictions import save
-from data.recipes import PRESETS, knobs
+from data.recipes import PRESETS, QA1, RECIPE_OF, RECIPES
 from data.samples import check_cells, generated
-from data.tokenizer import load, of_checkpoint
+from data.tokenizer import Tokenizer, load, of_checkpoint
 from lm2 import LM2, RMT, LM2Config, build_model, load_checkpoint, save_checkpoint
 
-QA1_STAGES = "2:0 4:0 10:0 4:2:32 4:3:32 10:4:32 10:8:32 10:16:64 10:16 10:32"
+# -------------------------------------------------------------------------------------------------
+# Configuration
+
+# No recipe changes these.
+WARMUP_STEPS = 100  # steps from a learning rate of 0 to --lr
+BETAS = (0.9, 0.98)  # of AdamW
+WEIGHT_DECAY = 0.1  # of matrices
+CLIP = 1.0  # longest gradient, as a norm over all parameters
+LOG_EVERY = 10  # steps between two lines of metrics.jsonl; stages end at these steps alone
+LEAVE_WINDOW = 16  # steps over which the accuracy is taken that ends a stage
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    preset: str = "cpu"                 # sizes of data/recipes.py, else the recipe's; flags win over them
-    recipe: str = "qa1"                 # of data/recipes.py, else the preset's: qa1, qa1-5, qa1-10[-hours]
-    out_dir: str = "out"                # folder for ckpt.pt, metrics.jsonl and table.jsonl
-    init: str | None = None             # checkpoint whose weights, sizes and recipe to start with; None: anew
-    tasks: str = "qa1"                  # bAbI tasks to train on and to evaluate, with spaces between
-    stages: str = QA1_STAGES            # facts:segments[:tokens a segment][@task,task]; 0 segments: no prose
-    tokens: int = 16_000_000            # to train on at most, with padding; the rate ends at 0 there ...
-    final_tokens: int = 1_500_000       # ... or after so many in the last stage, whichever comes first ...
-    total_minutes: float | None = None  # ... or after so many minutes, with compiling, before --resume too
-    whole: bool = False                 # a document is one segment, whatever its stage says: full attention
-    batch_size: int = 16                # most documents in a micro-batch
-    batch_tokens: int = 4096            # most tokens in a micro-batch: long documents come in smaller ones
-    accumulate: int = 2                 # micro-batches a step
-    processes: int | None = None        # that share them; None: one a thread if threads divide them, else 1
-    asides: int = 3                     # at 1 to so many earlier points documents are asked too (batches.py)
-    usual: float = 0.9                  # a story's most facts: this quantile over its task's own questions
-    plain: float = 0.1                  # share of batches without background later on, so 0k is not forgotten
-    leave_at: float = 0.9               # share right of its longest documents' answer tokens: ends a stage
-    leave_plain_at: float = 0.95        # ... this share in stages without background ...
-    leave_window: int = 16              # ... over so many of its latest steps, asked at log_every
-    stage_steps: int = 1500             # ... or after so many steps
-    lr: float = 2e-3                    # learning rate
-    warmup: int = 100                   # steps from learning rate 0 to lr
-    decay: float = 0.25                 # ... and share of the run over which it falls to 0 at the end
-    weight_decay: float = 0.1           # of matrices, AdamW
-    beta2: float = 0.98                 # AdamW; beta1 is 0.9
-    clip: float = 1.0                   # longest gradient, norm over all parameters
-    seed: int = 0                       # of the initial weights and of the data
-    stories: str | None = None          # folder of original bAbI files; None: generated stories
-    background: str | None = None       # folder of .txt files to hide facts in; None: Python's documentation
-    device: str = "auto"                # auto, cpu or cuda
-    threads: int = 0                    # CPU threads; 0 leaves PyTorch's choice
-    workers: int | None = None          # processes that make batches ahead; None: 4 with CUDA, else 0
-    compile: bool = False               # torch.compile: minutes at first, then faster; a CPU needs g++
-    bfloat16: bool | None = None        # layers multiply in bfloat16; None: with CUDA alone. A CPU needs AMX
-    graphs: bool = True                 # with CUDA: a micro-batch's gradient as one CUDA graph a shape
-    recompute: bool = False             # activation checkpointing: less memory, a third more work
-    minutes: float | None = None        # stop after so long, save and evaluate; --resume goes on
-    log_every: int = 10                 # steps between lines of metrics.jsonl, at which stages may end
-    eval_every: int = 4_000_000         # tokens between validations
-    eval_n: int = 32                    # samples a length in a validation
-    table_lengths: str = "0k 1k 2k 4k 8k 16k"  # of the table at the end, tokens of facts + background
-    table_n: int = 200                  # samples a cell of that table
+    """All settings of a run but the sizes of its model. Each is a flag of the same name."""
+
+    # What is trained, and for how long
+    preset: str = flag("cpu", "The sizes of the model, by a name of data/recipes.py.")
+    recipe: str = flag("qa1", "The settings of the run, by a name of data/recipes.py.")
+    init: str | None = flag(None, "A checkpoint to take weights, sizes and recipe from.")
+    out_dir: str = flag("out", "The folder for the checkpoint, the log and the table.")
+    tokens: int = flag(16_000_000, "The run ends after so many tokens, padding included.")
+    final_tokens: int = flag(
+        1_500_000, "The run ends after so many tokens in its last stage, if that is sooner."
+    )
+    total_minutes: float | None = flag(
+        None, "The run ends after so many minutes, those before --resume included."
+    )
+    minutes: float | None = flag(
+        None, "Stop after so many minutes, save and evaluate. --resume goes on."
+    )
+    seed: int = flag(0, "The seed of the initial weights and of the data.")
+
+    # Documents
+    tasks: tuple[str, ...] = flag(("qa1",), "The bAbI tasks to train on and to evaluate.")
+    stages: tuple[str, ...] = flag(
+        QA1["stages"],
+        "The curriculum, as facts:segments[:tokens of a segment][@task,task]. A stage of 0 "
+        "segments has no prose.",
+    )
+    background: str | None = flag(
+        None, "A folder of .txt files to hide facts in. Without it, Python's documentation is used."
+    )
+    stories: str | None = flag(
+        None, "A folder of original bAbI files. Without it, stories are generated."
+    )
+    plain: float = flag(0.1, "The share of batches without prose in stages with prose.")
+    asides: int = flag(3, "At most so many points before a document's end are asked about, too.")
+    usual: float = flag(0.9, "No story is longer than this share of bAbI's own questions needs.")
+    whole: bool = flag(False, "Read each document as one segment: full attention.")
+
+    # When a stage ends
+    leave_at: float = flag(0.9, "A stage ends at this share of right answers.")
+    leave_plain_at: float = flag(0.95, "A stage without prose ends at this share.")
+    stage_steps: int = flag(1500, "A stage ends after so many steps in any case.")
+
+    # A step
+    batch_size: int = flag(16, "A micro-batch has at most so many documents.")
+    batch_tokens: int = flag(4096, "A micro-batch has at most so many tokens.")
+    accumulate: int = flag(2, "A step has so many micro-batches.")
+    lr: float = flag(2e-3, "The learning rate, after a warm-up.")
+    decay: float = flag(0.25, "Over this last share of the run the learning rate falls to 0.")
+
+    # How it is computed
+    device: str = flag("auto", "The device to compute on: auto, cpu or cuda.")
+    processes: int | None = flag(
+        None,
+        "So many processes share a step on a CPU. They must divide --accumulate. Without it, there "
+        "is one for each thread if that divides, and one process otherwise.",
+    )
+    threads: int = flag(0, "The threads of all processes together. 0 leaves the choice to PyTorch.")
+    workers: int | None = flag(
+        None, "So many more processes make batches ahead. Without it, 4 do on a GPU, none on a CPU."
+    )
+    bfloat16: bool | None = flag(
+        None, "Multiply in bfloat16. Without it, a GPU does. A CPU needs AMX to gain from it."
+    )
+    compile: bool = flag(False, "Compile the model, which takes minutes and makes it faster.")
+    graphs: bool = flag(True, "Record micro-batches as CUDA graphs, on a GPU.")
+    recompute: bool = flag(False, "Save memory by computing activations twice.")
+
+    # Evaluation
+    eval_every: int = flag(4_000_000, "Save and validate every so many tokens.")
+    eval_n: int = flag(32, "A validation asks so many questions of each task and length.")
+    table_lengths: tuple[str, ...] = flag(
+        ("0k", "1k", "2k", "4k", "8k", "16k"),
+        "The lengths in the table at the end, in tokens of facts and prose.",
+    )
+    table_n: int = flag(200, "The table asks so many questions of each task and length.")
 
     def __post_init__(self):
-        for name, low, high in (
-                *((name, 1, math.inf) for name in "tokens final_tokens batch_size batch_tokens accumulate "
-                  "leave_window stage_steps log_every eval_every eval_n table_n".split()),
-                *((name, 0, 1) for name in "plain usual leave_at leave_plain_at".split()),
-                *((name, 0, math.inf) for name in "weight_decay warmup minutes".split()),
-                ("total_minutes", 0.01, math.inf), ("beta2", 0, 0.999999), ("decay", 1e-9, 1),
-                ("lr", 1e-12, 1e3), ("clip", 1e-12, 1e12), ("asides", 0, 1000), ("seed", 0, 2**32 - 1),
-                ("threads", 0, 4096), ("workers", 0, 256)):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"--{name} {value} must lie between {low:g} and {high:g}")
-        if self.processes is not None and (self.processes < 1 or self.accumulate % self.processes):
-            raise ValueError(f"--processes {self.processes} must divide --accumulate {self.accumulate}")
-        if self.stories and not Path(self.stories).is_dir():  # one file would be both train and val
-            raise ValueError(f"--stories {self.stories} is no folder: name one with _train and _test files")
-        for task in self.tasks.split() or [""]:
+        self.check("tokens", 1, math.inf)
+        self.check("final_tokens", 1, math.inf)
+        self.check("total_minutes", 0.01, math.inf)
+        self.check("minutes", 0, math.inf)
+        self.check("seed", 0, 2**32 - 1)
+        self.check("plain", 0, 1)
+        self.check("asides", 0, 1000)
+        self.check("usual", 0, 1)
+        self.check("leave_at", 0, 1)
+        self.check("leave_plain_at", 0, 1)
+        self.check("stage_steps", 1, math.inf)
+        self.check("batch_size", 1, math.inf)
+        self.check("batch_tokens", 1, math.inf)
+        self.check("accumulate", 1, math.inf)
+        self.check("lr", 1e-12, 1e3)
+        self.check("decay", 1e-9, 1)
+        self.check("processes", 1, 4096)
+        self.check("threads", 0, 4096)
+        self.check("workers", 0, 256)
+        self.check("eval_every", 1, math.inf)
+        self.check("eval_n", 1, math.inf)
+        self.check("table_n", 1, math.inf)
+        if self.processes is not None and self.accumulate % self.processes:
+            raise ValueError(
+                f"--processes {self.processes} must divide --accumulate {self.accumulate}"
+            )
+        if self.stories is not None and not Path(self.stories).is_dir():
+            # One file would be both trained on and validated with.
+            raise ValueError(
+                f"--stories {self.stories} is no folder: name one with _train and _test files"
+            )
+        if not self.tasks:
+            raise ValueError(f"--tasks is empty: choose from {' '.join(TASKS)}")
+        for task in self.tasks:
             if task not in TASKS:
                 raise ValueError(f"--tasks {task!r} is unknown: choose from {' '.join(TASKS)}")
-
-
-def learning_rate(c: TrainConfig, step: int, done: float) -> float:
-    """At a step (from 0) and a share `done` of the whole run: a trapezoid."""
-    return c.lr * min(1.0, (step + 1) / max(1, c.warmup)) * min(1.0, max(0.0, 1 - done) / c.decay)
-
-
-ANEW = ("out_dir minutes total_minutes device threads processes workers compile bfloat16 graphs recompute "
-        "eval_every eval_n table_lengths table_n").split()
-
-
-def read_flags(argv: list[str] | None) -> tuple[TrainConfig, dict, bool, dict]:
-    """(training configuration, model sizes, whether to resume, flags given); ValueError for bad values."""
-    parser = Parser("train.py", __doc__.split("\n")[0])
-    parser.add_argument("--resume", action="store_true", help="go on from out_dir/ckpt.pt with its "
-                        f"configuration; only {', '.join(ANEW)} may be given anew (default off)")
-    parser.add_fields(TrainConfig)
-    parser.add_fields(LM2Config, skip=("vocab_size", "rope_scaling"), shown=PRESETS["cpu"])
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    resume = given.pop("resume")
-    own = {f.name: given[f.name] for f in fields(TrainConfig) if f.name in given}
-    sizes, known = {k: v for k, v in given.items() if k not in own}, own
-    if (init := given.get("init")) and not resume:
-        if wrong := sorted(sizes) or ["preset"] * ("preset" in given):
-            raise ValueError(f"--init {init} has sizes of its own: leave --{wrong[0]} out")
-        model, content = load_checkpoint(init)
-        sizes, known = asdict(model.cfg), content.get("train", {}) | own
-        known["preset"] = known["preset"] if known.get("preset") in PRESETS else None   # one of an older file
-    own |= dict(processes=None) if resume else {}       # they must divide the checkpoint's --accumulate
-    c = TrainConfig(**knobs(known.get("recipe"), known.get("preset"), sizes) | own)
-    return c, PRESETS[c.preset] | sizes, resume, given
-
-
-def optimizer_groups(model: LM2 | RMT, weight_decay: float) -> list[dict]:
-    """Two groups of parameters for AdamW: matrices decay, norms, biases and null scores do not."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    return [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
-
-
-def add_gradient(model: LM2 | RMT, c: TrainConfig, segment_len: int, idx: Tensor, targets: Tensor,
-                 keep: Tensor, words: Tensor) -> Tensor:
-    """Add a micro-batch's gradient to the parameters'; of its answers' tokens (3,): loss, right, all. Nothing
-    in it waits for the device."""
-    answers = targets.flatten()[keep]
-    with torch.autocast("cuda", torch.bfloat16, idx.is_cuda and c.bfloat16 is not False):
-        logits, loss, _ = model(idx, answers, at=keep, segment_len=segment_len)
-    (loss / c.accumulate).backward()
-    right = ((logits.argmax(-1) == answers) & words).sum()
-    return torch.stack([loss.detach() / c.accumulate, right, words.sum()])
-
-
-class Trainer:
-    """A run: what `save` writes (and under --total_minutes the clock) decides how it goes on: bit for bit on
-    the same CPU."""
-
-    def __init__(self, c: TrainConfig, sizes: dict, resume: bool, given: dict):
-        self.ckpt = Path(c.out_dir, "ckpt.pt")
-        if resume:
-            if fixed := sorted(set(given) - set(ANEW)):
-                raise ValueError(f"--resume takes --{fixed[0]} from the checkpoint: leave that flag out")
-            self.model, saved = load_checkpoint(self.ckpt)
-            self.tokenizer = of_checkpoint(saved, self.ckpt)
-            if not {"train", "optimizer", "recent", "progress"} <= set(saved):
-                raise ValueError(f"{self.ckpt} holds a model but no training to resume")
-            if odd := {f.name for f in fields(TrainConfig)} ^ set(saved["train"]):
-                raise ValueError(f"{self.ckpt} was written by a train.py of other flags "
-                                 f"({', '.join(sorted(odd))}): train anew, or start from it with --init")
-            c = TrainConfig(**saved["train"] | dict(minutes=None) | given)  # an earlier call's limit
-        elif self.ckpt.parent.is_file():
-            raise ValueError(f"--out_dir {c.out_dir} is a file: name a folder")
-        elif self.ckpt.exists():
-            raise ValueError(f"{self.ckpt} is there already: go on with --resume, or give another --out_dir")
-        elif c.init:
-            self.model, content = load_checkpoint(c.init)
-            self.tokenizer = of_checkpoint(content, c.init)
-        else:
-            self.tokenizer = load()
-            torch.manual_seed(c.seed)
-            self.model = build_model(LM2Config(**sizes | dict(vocab_size=self.tokenizer.n_vocab)))
-        self.c, self.device = c, pick_device(c.device)
-        if c.compile:
-            check_compiler(self.device)
-        self.tasks = list(dict.fromkeys(c.tasks.split()))
-        stages = Stage.parse_all(c.stages, self.model.cfg.segment_len, self.tasks, c.whole)
-        self.course = Curriculum(stages, c.leave_at, c.leave_plain_at, c.leave_window, c.stage_steps)
-        self.table_lengths = list(dict.fromkeys(map(parse_length, c.table_lengths.split())))
         if not self.table_lengths:
             raise ValueError("--table_lengths is empty: give some, such as 0k 4k")
-        threads = c.threads or torch.get_num_threads()
-        documents = background.documents(c.background)
-        self.train_set, self.val_set = (Builder(self.tokenizer, part, c.background, documents, c.stories)
-                                        for part in ("train", "val"))
-        check_cells(generated(self.val_set, c.seed), self.tasks, self.table_lengths)
-        for task in self.tasks:
-            self.train_set.story(task, 2, random.Random(0))  # what is wrong with files shows before the start
-        self.model.to(self.device)
-        if self.device.type == "cpu" and c.bfloat16:
-            bfloat16_layers(self.model)
-        self.model.recompute = c.recompute
-        self.optimizer = torch.optim.AdamW(optimizer_groups(self.model, c.weight_decay), lr=c.lr,
-                                           betas=(0.9, c.beta2), fused=True)
-        self.step, self.tokens, self.seconds, self.asked = 0, 0, 0.0, []
-        self.end = min(c.tokens, c.final_tokens) if self.course.last else c.tokens
-        if resume:
-            self.optimizer.load_state_dict(saved["optimizer"])
-            (self.step, self.tokens, self.end, self.course.at, self.course.steps,
-             self.seconds) = saved["progress"]
-            self.course.recent.extend(saved["recent"])
-        cuda = self.device.type == "cuda"
-        if cuda and given.get("processes", 1) > 1:
-            raise ValueError(f"--processes {c.processes} share a CPU's work: leave it out on a GPU")
-        self.processes = 1 if cuda else c.processes or (threads if c.accumulate % threads == 0 else 1)
-        self.threads = threads, 1 if self.processes > 1 else threads  # to evaluate; to train
-        maker = Maker(self.train_set, tuple(self.tasks), c.batch_size, c.batch_tokens, c.plain, c.asides,
-                      c.seed, c.accumulate, c.usual)
-        self.batches = Batches(maker, self.course.stage, self.step * c.accumulate,
-                               4 * cuda if c.workers is None else c.workers, cuda, self.processes)
-        self.helpers = Helpers(self.model, self.processes - 1, help_step,
-                               (maker, self.processes, c, add_gradient))
-        torch.set_num_threads(self.threads[1])
-        if c.compile:
-            compile_blocks(self.model, dynamic=True if cuda else None)
-        self.add_gradient = CudaGraphs(add_gradient) if cuda and c.graphs else add_gradient
-        for p in self.model.parameters() if cuda else ():
-            p.grad = torch.zeros_like(p)        # graphs add to them where they are; what a batch does not
-            #                                     use has a gradient of 0 there, with graphs or without
-        self.pending: list[tuple] = []  # of each step since the last line: numbers still on the device
-        self.ckpt.parent.mkdir(parents=True, exist_ok=True)
-        self.metrics = JsonLines(self.ckpt.with_name("metrics.jsonl"), self.step if resume else None)
+        for text in self.table_lengths:
+            parse_length(text)
 
-    def save(self) -> None:
-        """Write the checkpoint. ValueError for a gradient that was not finite, OSError for a full disk."""
-        if self.pending:
-            self.collect()
-        save_checkpoint(self.ckpt, self.model, tokenizer=self.tokenizer.ranks, train=asdict(self.c),
-                        optimizer=self.optimizer.state_dict(), recent=list(self.course.recent),
-                        progress=[self.step, self.tokens, self.end, self.course.at, self.course.steps,
-                                  self.seconds])
-
-    def close(self) -> None:
-        """End the other processes, helpers and workers, and the log."""
-        self.helpers.close()
-        torch.set_num_threads(self.threads[0])
-        self.batches.loader = None
-        self.metrics.file.close()
-
-    def log(self, **values) -> None:
-        """A line of metrics.jsonl, with where the run stands."""
-        self.metrics.write(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 1), **values)
-
-    def train_step(self) -> None:
-        """One step of the optimiser on `accumulate` micro-batches. Nothing in it waits for the device, but
-        where a graph is recorded: its numbers go to `pending`."""
-        c, stage = self.c, self.course.stage
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(c, self.step, self.done)
-        self.helpers.start((stage, self.step * c.accumulate))
-        results = [add_gradients(self.model, self.batches, stage, c.accumulate // self.processes, c,
-                                 self.device, self.add_gradient)]
-        results += self.helpers.finish()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=self.device.type != "cuda")
-        self.step, self.course.steps = self.step + 1, self.course.steps + 1
-        self.tokens += sum(tokens for tokens, _, _ in results)
-        loss, right, asked = sum(torch.as_tensor(numbers, device=self.device) for _, _, numbers in results)
-        self.pending.append((results[0][1], torch.stack([norm, loss, right / asked])))
-
-    def collect(self) -> dict:
-        """Fetch the numbers of the pending steps: the mean loss and the last step's others. ValueError for a
-        gradient that is not finite, before anything is saved."""
-        values = torch.stack([numbers for _, numbers in self.pending]).tolist()
-        first = self.step - len(values)
-        for i, ((longest, _), (norm, _, accuracy)) in enumerate(zip(self.pending, values), first):
-            if not math.isfinite(norm):
-                raise ValueError(f"the gradient is {norm} at step {i}: train anew with a lower --lr")
-            if longest:
-                self.course.recent.append(accuracy)
-        self.pending.clear()
-        return dict(loss=sum(loss for _, loss, _ in values) / len(values), accuracy=accuracy,
-                    stage=self.course.at, grad_norm=norm, lr=self.optimizer.param_groups[0]["lr"])
+    def check(self, name: str, low: float, high: float) -> None:
+        """ValueError if a setting is given and does not lie between two numbers."""
+        value = getattr(self, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name} {value} must lie between {low:g} and {high:g}")
 
     @property
-    def done(self) -> float:
-        """The share of the run that lies behind: of its tokens, or of its minutes if those end first."""
-        minutes = self.c.total_minutes or math.inf
-        return max(self.tokens / self.end, self.seconds / (60 * minutes))
+    def lengths(self) -> list[int]:
+        """The lengths of the table in tokens, each once."""
+        return list(dict.fromkeys(parse_length(text) for text in self.table_lengths))
 
-    def next_stage(self) -> None:
-        """Enter the next stage if this one is learned or its steps are spent."""
-        if line := self.course.advance():
-            tqdm.write(f"{self.seconds:5.0f} s, {self.tokens / 1e6:4.1f} M tokens: {line}")
-            self.batches.enter(self.course.stage)
-            if self.course.last:    # the end is in sight
-                self.end = min(self.end, self.tokens + self.c.final_tokens)
 
-    def validate(self) -> dict:
-        """Exact match on a fixed set of benchmark samples, the same every time."""
-        lengths = [x for x in self.table_lengths if x <= 4000] or self.table_lengths[:1]
-        found = cells(self.evaluate(lengths, self.c.eval_n, -1, ("on",)))
-        return {f"{c['task']} {length_name(c['length'])}": round(c["exact"] / c["n"], 4) for c in found}
+# The sizes that are flags, too. Their defaults are those of the preset.
+SIZE_FLAGS = dict(
+    n_layer="The number of blocks.",
+    n_head="The number of query heads of self-attention.",
+    n_kv_head="The number of key and value heads. Fewer than --n_head is grouped-query attention.",
+    n_embd="The width of the model.",
+    ffn_dim="The inner width of the MLP.",
+    segment_len="The number of tokens in a segment, which is all that self-attention sees.",
+    n_slot="The number of memory slots in a block.",
+    n_mem_head="The number of heads of the memory.",
+    n_mem_layer="The number of blocks with a memory, from the first on. 0 makes a Llama.",
+    n_mem_token="The number of memory tokens. More than 0 makes an RMT, which has no slots.",
+)
 
-    def evaluate(self, lengths: list[int], n: int, seed: int, modes: tuple, show: bool = False) -> list[dict]:
-        """Predictions on n validation samples a task and length, in modes of babilong_eval.py's --memory."""
-        samples, work = generated(self.val_set, seed), [(t, x, n) for t in self.tasks for x in lengths]
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads[0])  # the helpers wait meanwhile
-        with run_eager():
-            rows = sum(evaluate(self.model, self.tokenizer, samples, work, modes,
-                                name=self.model.cfg.kind, show=show), [])
-        torch.set_num_threads(before)
-        return rows
+# What may change where a run is resumed: how it is computed, stopped and evaluated.
+MAY_CHANGE = (
+    "out_dir",
+    "minutes",
+    "total_minutes",
+    "device",
+    "threads",
+    "processes",
+    "workers",
+    "bfloat16",
+    "compile",
+    "graphs",
+    "recompute",
+    "eval_every",
+    "eval_n",
+    "table_lengths",
+    "table_n",
+)
 
-    def run(self) -> None:
-        """Train to the end, or until it is asked to stop, which raises KeyboardInterrupt behind `save`."""
-        c, began, before = self.c, time.perf_counter(), self.seconds
-        bar = tqdm(total=None if c.total_minutes else c.tokens, initial=self.tokens, unit="tok",
-                   unit_scale=True, disable=None, smoothing=0.05)
-        validated, rates = self.tokens // c.eval_every, []
-        while True:
-            self.seconds = before + time.perf_counter() - began
-            last = self.done >= 1 or c.minutes is not None and self.seconds - before >= 60 * c.minutes
-            stopped = bool(self.asked)
-            due = last or stopped or self.tokens // c.eval_every > validated
-            if self.pending and (due or self.step % c.log_every == 0):
-                numbers = self.collect()
-                self.seconds = before + time.perf_counter() - began
-                rates.append((self.tokens - logged[0]) / (self.seconds - logged[1]))
-                self.log(**{k: round(v, 6) for k, v in numbers.items()}, tokens_per_second=round(rates[-1]))
-                bar.set_postfix(loss=f"{numbers['loss']:.3f}", acc=f"{numbers['accuracy']:.2f}",
-                                lr=f"{numbers['lr']:.1e}", stage=f"{self.course}")
-                if self.step % c.log_every == 0:
-                    self.next_stage()
-            if due:
-                self.save()  # first: who asks twice for an end does not wait for the validation
-                validated = self.tokens // c.eval_every
-                if stopped and not last:
-                    raise KeyboardInterrupt
-                if not last and not self.asked:
-                    right = self.validate()
-                    self.log(validation=right)
-                    tqdm.write(f"{self.seconds:5.0f} s, {self.tokens / 1e6:4.1f} M tokens: validation "
-                               + ", ".join(f"{cell} {100 * x:.0f} %" for cell, x in right.items()))
-            if last:
-                break
-            if not self.pending:  # a line was written: the next one's rate counts from here
-                logged = self.tokens, before + time.perf_counter() - began
-            start = self.tokens
-            self.train_step()
-            bar.update(self.tokens - start)
-        bar.close()
-        rate = f" ({sorted(rates)[len(rates) // 2]:,.0f} tokens/s)" if rates else ""  # the median: no warm-up
-        print(f"trained {self.tokens / 1e6:.1f} M tokens in {self.step} steps and {self.seconds / 60:.1f} "
-              f"minutes{rate}; wrote {self.ckpt}", flush=True)
 
-    def report(self) -> None:
-        """Accuracy against length, printed and written beside the checkpoint."""
-        modes = ("on",) if self.model.cfg.kind == "llama" else ("on", "off")    # it has nothing to switch off
-        rows = self.evaluate(self.table_lengths, self.c.table_n, 0, modes, show=True)
-        save(rows, self.ckpt.with_name("table.jsonl"))
+def settings_of(recipe: str | None, preset: str | None, sizes: dict) -> dict:
+    """The settings that a recipe makes for the kind of model that the preset and the sizes
+    describe. ValueError for an unknown name.
+
+    Where one of the two names is None, it follows from the other: a preset has the recipe that it
+    is made for, a recipe the preset that it is made with."""
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"--preset {preset!r} is unknown: choose from {', '.join(PRESETS)}")
+    if recipe is None:
+        recipe = "qa1" if preset is None else RECIPE_OF[preset]
+    if recipe not in RECIPES:
+        raise ValueError(f"--recipe {recipe!r} is unknown: choose from {', '.join(RECIPES)}")
+    if preset is None:
+        preset = RECIPES[recipe]["lm2"]["preset"]
+    model_cfg = LM2Config(**PRESETS[preset] | sizes)
+    kind = model_cfg.kind
+    if kind == "llama" and model_cfg.segment_len >= 4096:
+        kind = "full"  # its window holds whole documents
+    return RECIPES[recipe][kind] | dict(recipe=recipe, preset=preset)
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What a command line asks for."""
+
+    cfg: TrainConfig
+    sizes: dict  # of a model that is made anew, as LM2Config takes them
+    resume: bool
+
+
+def read_flags(argv: list[str] | None) -> Flags:
+    """The command line, checked as far as it can be without the data. ValueError for what cannot
+    be. In order of precedence: flags, the checkpoint of --init, recipe and preset, defaults."""
+    parser = Parser("train.py", __doc__.split("\n")[0])
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="Go on from the checkpoint in --out_dir, with its settings. Of the flags, only those "
+        f"of evaluation and computing may be given: {', '.join(MAY_CHANGE)}.",
+    )
+    parser.add_settings(TrainConfig)
+    parser.add_sizes(SIZE_FLAGS, LM2Config(**PRESETS["cpu"]))
+    given = {}
+    for name, value in vars(parser.parse_args(argv)).items():
+        if value is not None:
+            given[name] = value
+    if given.pop("resume"):
+        return Flags(settings_to_resume(given), {}, resume=True)
+
+    sizes = {}
+    settings = {}
+    for name, value in given.items():
+        if name in SIZE_FLAGS:
+            sizes[name] = value
+        else:
+            settings[name] = value
+    if "tasks" in settings:
+        settings["tasks"] = tuple(dict.fromkeys(settings["tasks"]))  # each once
+    if "init" in settings:
+        wrong = [*sizes, *(["preset"] if "preset" in settings else [])]
+        if wrong:
+            raise ValueError(
+                f"--init {settings['init']} has sizes of its own: leave --{wrong[0]} out"
+            )
+        model, content = load_checkpoint(settings["init"])
+        sizes = asdict(model.cfg)
+        before = content.get("train", {})
+        recipe = settings.get("recipe", before.get("recipe"))
+        preset = before.get("preset")
+        if preset not in PRESETS:
+            preset = None  # the checkpoint is of other presets than these
+        cfg = TrainConfig(**settings_of(recipe, preset, sizes) | settings)
+    else:
+        recipe = settings.get("recipe")
+        preset = settings.get("preset")
+        cfg = TrainConfig(**settings_of(recipe, preset, sizes) | settings)
+        sizes = PRESETS[cfg.preset] | sizes
+
+    folder = Path(cfg.out_dir)
+    if folder.is_file():
+        raise ValueError(f"--out_dir {folder} is a file: name a folder")
+    if (folder / "ckpt.pt").exists():
+        raise ValueError(
+            f"{folder / 'ckpt.pt'} is there already: go on with --resume, or give another --out_dir"
+        )
+    parse_stages(cfg.stages, LM2Config(**sizes).segment_len, cfg.tasks, cfg.whole)
+    return Flags(cfg, sizes, resume=False)
+
+
+def settings_to_resume(given: dict) -> TrainConfig:
+    """The settings of the run in --out_dir, with the flags that may be given anew. ValueError for
+    other flags, and for a checkpoint that cannot be gone on with."""
+    for name in given:
+        if name not in MAY_CHANGE:
+            raise ValueError(f"--resume takes --{name} from the checkpoint: leave that flag out")
+    path = Path(given.get("out_dir", TrainConfig.out_dir), "ckpt.pt")
+    _, content = load_checkpoint(path)
+    if not {"train", "optimizer", "curriculum", "progress"} <= set(content):
+        raise ValueError(f"{path} holds a model but no training to resume")
+    known = {f.name for f in fields(TrainConfig)}
+    odd = known ^ set(content["train"])
+    if odd:
+        raise ValueError(
+            f"{path} was written by a train.py of other flags ({', '.join(sorted(odd))}): train "
+            "anew, or start from it with --init"
+        )
+    # Another machine may have other processes. The limit was that of an earlier call.
+    return TrainConfig(**content["train"] | dict(minutes=None, processes=None) | given)
+
+
+# -------------------------------------------------------------------------------------------------
+# Several processes
+
+
+HAS_TOLD = 2  # exit code of a process that has said what was wrong
+
+
+class ProcessLost(ValueError):
+    """Another process of this training has ended, so that no step can be taken any more."""
+
+    def __init__(self, detail: str):
+        super().__init__(
+            f"a process that takes part in the training has ended ({detail}). Was there too little "
+            "memory? The last checkpoint is whole: go on with --resume"
+        )
+
+
+@dataclass
+class Processes:
+    """Those that train together, as one of them sees them.
+
+    Each takes its share of a step's micro-batches, and their gradients are summed. Apart from that
+    all do the same, so that their weights stay equal. The first one, of rank 0, decides how the run
+    goes on, and it alone logs, saves and evaluates."""
+
+    rank: int = 0  # of this process
+    n: int = 1  # all processes
+    train_threads: int = 1  # of this process in a training step
+    eval_threads: int = 1  # of the first process while it evaluates and the others wait
+    local_rank: int = 0  # of this process among those on its machine, to choose a GPU
+    group: dist.ProcessGroup | None = None  # None where there is only one process
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def join(self, meet_at: str, device_type: str) -> None:
+        """Meet the other processes at an address. ProcessLost if one does not come."""
+        if self.n == 1:
+            return
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        with lost_is_raised():
+            dist.init_process_group(
+                backend,
+                init_method=meet_at,
+                rank=self.rank,
+                world_size=self.n,
+                timeout=timedelta(minutes=10),
+            )
+            # From now on they wait for each other without a limit, as an evaluation may take long.
+            self.group = dist.new_group(backend=backend, timeout=timedelta(days=365))
+
+    def leave(self) -> None:
+        """Part from the other processes, if this one has met them."""
+        if self.group is not None:
+            dist.destroy_process_group()
+            self.group = None
+
+    def told_by_first(self, *numbers: float) -> list[float]:
+        """The numbers that the first process gives. What the others give counts for nothing."""
+        if self.group is None:
+            return list(numbers)
+        message = torch.tensor(numbers, dtype=torch.float64)
+        with lost_is_raised():
+            dist.broadcast(message, src=0, group=self.group)
+        return message.tolist()
+
+    def sum(self, number: int) -> int:
+        """The sum of a number over the processes."""
+        if self.group is None:
+            return number
+        total = torch.tensor(number)
+        with lost_is_raised():
+            dist.all_reduce(total, group=self.group)
+        return total.item()
+
+    def sum_gradients(self, parameters: list[Tensor], numbers: Tensor) -> Tensor:
+        """Sum up the parameters' gradients over the processes, in place, and return the sums of
+        some more numbers (n,).
+
+        All of it goes in one buffer. Which parameters have a gradient differs: where no segment was
+        written, those of the write have none. So the buffer also counts, for each parameter, the
+        processes that have one. A parameter that has a gradient nowhere keeps None, so that the
+        optimiser passes over it, as it does where one process trains alone."""
+        if self.group is None:
+            return numbers
+        has_gradient = []
+        pieces = []
+        for p in parameters:
+            has_gradient.append(float(p.grad is not None))
+            piece = torch.zeros_like(p) if p.grad is None else p.grad
+            pieces.append(piece.flatten())
+        counts = torch.tensor(has_gradient, device=numbers.device)
+        buffer = torch.cat([*pieces, counts, numbers])
+        with lost_is_raised():
+            dist.all_reduce(buffer, group=self.group)
+        sizes = [p.numel() for p in parameters]
+        *totals, counts, numbers = buffer.split([*sizes, len(parameters), len(numbers)])
+        for p, total, count in zip(parameters, totals, counts, strict=True):
+            if p.grad is not None:
+                p.grad.copy_(total.view_as(p))
+            elif count > 0:
+                p.grad = total.view_as(p)
+        return numbers
+
+
+@contextlib.contextmanager
+def lost_is_raised() -> Iterator[None]:
+    """Within it an error of torch.distributed becomes ProcessLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessLost(str(error).splitlines()[0][:100]) from error
+
+
+def choose_processes(cfg: TrainConfig) -> Processes:
+    """How many processes `python train.py` starts, itself included, and their threads. ValueError
+    for --processes on a GPU."""
+    threads = cfg.threads or torch.get_num_threads()
+    if pick_device(cfg.device).type == "cuda":
+        if cfg.processes is not None and cfg.processes > 1:
+            raise ValueError(
+                f"--processes {cfg.processes} is for a CPU: on GPUs start "
+                f"`torchrun --nproc_per_node {cfg.processes} train.py`"
+            )
+        n = 1
+    elif cfg.processes is not None:
+        n = cfg.processes
+    else:
+        n = threads if cfg.accumulate % threads == 0 else 1
+    return Processes(n=n, train_threads=threads if n == 1 else 1, eval_threads=threads)
+
+
+def processes_of_torchrun(cfg: TrainConfig) -> Processes:
+    """The place of this process among those that torchrun has started. ValueError if they do not
+    divide the micro-batches."""
+    n = int(os.environ["WORLD_SIZE"])
+    if cfg.accumulate % n:
+        raise ValueError(
+            f"torchrun's {n} processes must divide --accumulate {cfg.accumulate}: give another one"
+        )
+    if cfg.processes is not None:
+        raise ValueError(f"--processes {cfg.processes}: torchrun has {n}, leave that flag out")
+    threads = cfg.threads or torch.get_num_threads()
+    return Processes(
+        rank=int(os.environ["RANK"]),
+        n=n,
+        train_threads=threads,
+        eval_threads=threads * int(os.environ["LOCAL_WORLD_SIZE"]),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+    )
+
+
+def help_to_train(rank: int, processes: Processes, meet_at: str, argv: list[str]) -> None:
+    """The life of a process of a rank above 0 that `python train.py` has started."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process
+    processes.rank = rank
+    with one_line("train.py", is_silent=True):
+        run(read_flags(argv), processes, meet_at)
+
+
+@contextlib.contextmanager
+def helpers_started(processes: Processes, argv: list[str]) -> Iterator[str | None]:
+    """Within it the other processes of this machine run. Yields the address at which they meet.
+
+    If one of them ends too soon, this process does so, too: with a line, or silently if the other
+    has told why."""
+    if processes.n == 1:
+        yield None
+        return
+    # A fork is quick, and the copy has all classes that an experiment has put in place.
+    method = "fork" if sys.platform == "linux" else "spawn"
+    context = multiprocessing.get_context(method)
+    helpers = []
+    with tempfile.TemporaryDirectory(prefix="lm2-", ignore_cleanup_errors=True) as folder:
+        meet_at = f"file://{folder}/processes"
+        try:
+            for rank in range(1, processes.n):
+                arguments = (rank, processes, meet_at, argv)
+                helper = context.Process(target=help_to_train, args=arguments)
+                helper.start()
+                helpers.append(helper)
+            yield meet_at
+        except ProcessLost:
+            codes = []
+            for sentinel in multiprocessing.connection.wait([h.sentinel for h in helpers], 5):
+                (helper,) = [h for h in helpers if h.sentinel == sentinel]
+                helper.join()
+                codes.append(helper.exitcode)
+            if HAS_TOLD in codes:
+                raise SystemExit(2) from None
+            raise ProcessLost(f"exit code {' '.join(map(str, codes))}") from None
+        finally:
+            for helper in helpers:
+                helper.kill()
+                helper.join()
+
+
+# -------------------------------------------------------------------------------------------------
+# The loop
+
+
+def learning_rate(cfg: TrainConfig, step: int, share_done: float) -> float:
+    """Of a step (from 0) when a share of the run lies behind: it rises over the warm-up, stays, and
+    falls to 0 over the last part of the run."""
+    warmed_up = min(1.0, (step + 1) / max(1, WARMUP_STEPS))
+    share_left = max(0.0, 1.0 - share_done)
+    not_decayed = min(1.0, share_left / cfg.decay)
+    return cfg.lr * warmed_up * not_decayed
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int  # steps taken
+    tokens: int  # trained on
+    end: int  # the run ends after so many tokens
+    seconds: float  # that it took so far, those before --resume included
+
+    def share_done(self, cfg: TrainConfig) -> float:
+        """The share of the run that lies behind: of its tokens or of its minutes."""
+        share = self.tokens / self.end
+        if cfg.total_minutes is not None:
+            share = max(share, self.seconds / (60 * cfg.total_minutes))
+        return share
+
+
+def optimizer_groups(model: LM2 | RMT) -> list[dict]:
+    """The parameters in two groups for AdamW. Matrices decay; the weights of norms, the biases and
+    the scores of nulls do not."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    return [
+        dict(params=matrices, weight_decay=WEIGHT_DECAY),
+        dict(params=others, weight_decay=0.0),
+    ]
+
+
+def length_of_segments(batch: Batch, stage: Stage, cfg: TrainConfig, longest: int) -> int:
+    """The length of the segments that a batch is read in. A document that is shorter than a segment
+    is one segment. ValueError if one is longer than the model's longest."""
+    n_tokens = batch.idx.shape[1]
+    if cfg.whole and n_tokens > longest:
+        raise ValueError(
+            f"--whole: a document of '{stage}' has {n_tokens} tokens: give a longer --segment_len"
+        )
+    return n_tokens if cfg.whole else min(stage.segment_len, n_tokens)
+
+
+def with_fewer_shapes(batch: Batch, stage: Stage) -> Batch:
+    """A batch of one of few shapes, since each shape is a CUDA graph of its own."""
+    width = batch.idx.shape[1]
+    if width < stage.segment_len:
+        width = min(stage.segment_len, (width + 127) // 128 * 128)
+    return batch.padded(width, multiple=1024)
+
+
+def ask(
+    model: LM2 | RMT,
+    tokenizer: Tokenizer,
+    val_set: Builder,
+    work: list[tuple[str, int, int]],  # tasks, lengths, and how many questions of each
+    seed: int,
+    modes: tuple[str, ...],  # of babilong_eval.py's --memory
+    threads: int,
+    show: bool = False,  # a bar
+) -> list[dict]:
+    """Predictions, as babilong_eval.py makes them, on documents that are never trained on."""
+    train_threads = torch.get_num_threads()
+    torch.set_num_threads(threads)  # the other processes wait meanwhile
+    samples = generated(val_set, seed)
+    rows = []
+    with run_eager():
+        for found in evaluate(
+            model, tokenizer, samples, work, modes, name=model.cfg.kind, show=show
+        ):
+            rows.extend(found)
+    torch.set_num_threads(train_threads)
+    return rows
+
+
+def train(
+    cfg: TrainConfig,
+    model: LM2 | RMT,
+    tokenizer: Tokenizer,
+    train_set: Builder,
+    val_set: Builder,
+    device: torch.device,
+    processes: Processes,
+    saved: dict | None,  # the checkpoint to go on from
+    log: JsonLines | None,  # of the first process
+    interrupts: list[float],  # not empty once Ctrl-C was pressed
+) -> None:
+    """Train the model to the end of the run, and write its checkpoint.
+
+    Raises KeyboardInterrupt after the checkpoint is written if Ctrl-C was pressed, ValueError for a
+    gradient that is not finite, and ProcessLost if another process has ended."""
+    is_cuda = device.type == "cuda"
+    model_segment_len = model.cfg.segment_len
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(optimizer_groups(model), lr=cfg.lr, betas=BETAS, fused=True)
+    stages = parse_stages(cfg.stages, model_segment_len, cfg.tasks, cfg.whole)
+    curriculum = Curriculum(stages, cfg.leave_at, cfg.leave_plain_at, LEAVE_WINDOW, cfg.stage_steps)
+    end = min(cfg.tokens, cfg.final_tokens) if curriculum.is_last else cfg.tokens
+    progress = Progress(step=0, tokens=0, end=end, seconds=0.0)
+    if saved is not None:
+        optimizer.load_state_dict(saved["optimizer"])
+        curriculum.load_state_dict(saved["curriculum"])
+        progress = Progress(**saved["progress"])
+
+    workers = cfg.workers
+    if workers is None:
+        workers = 4 if is_cuda else 0
+    lessons = Lessons(
+        train_set,
+        cfg.tasks,
+        cfg.batch_size,
+        cfg.batch_tokens,
+        cfg.plain,
+        cfg.asides,
+        cfg.seed,
+        cfg.accumulate,
+        cfg.usual,
+    )
+    # Of the micro-batches of a step, which are numbered on and on, each process takes every n-th.
+    batches = Batches(
+        lessons,
+        curriculum.stage,
+        number=progress.step * cfg.accumulate + processes.rank,
+        stride=processes.n,
+        workers=workers,
+        pin=is_cuda,
+    )
+
+    def micro_step(S: int, idx: Tensor, at: Tensor, targets: Tensor, is_word: Tensor) -> Tensor:
+        """Add the gradient of one micro-batch to the parameters'. Returns three numbers (3,), and
+        does not wait for the device: its share of the step's loss, how many of its answers' words
+        are right, and how many there are."""
+        with torch.autocast("cuda", torch.bfloat16, enabled=is_cuda and cfg.bfloat16 is not False):
+            logits, loss, _ = model(idx, targets, at=at, segment_len=S)
+        loss = loss / cfg.accumulate
+        loss.backward()
+        is_right = (logits.argmax(dim=-1) == targets) & is_word
+        return torch.stack([loss.detach(), is_right.sum(), is_word.sum()])
+
+    if is_cuda:
+        for p in parameters:
+            p.grad = torch.zeros_like(p)  # a graph adds to a gradient where it lies
+        if cfg.graphs:
+            micro_step = CudaGraphs(micro_step)
+
+    bar = tqdm(
+        total=None if cfg.total_minutes else cfg.tokens,
+        initial=progress.tokens,
+        unit="tok",
+        unit_scale=True,
+        smoothing=0.05,
+        disable=None if processes.is_first else True,
+    )
+    pending = []  # of each step since the last line of the log: its numbers, still on the device
+    rates = []  # tokens per second of each line
+    n_validations = progress.tokens // cfg.eval_every  # that were due so far
+    seconds_before = progress.seconds
+    began = time.perf_counter()
+
+    def seconds_now() -> float:
+        return seconds_before + time.perf_counter() - began
+
+    rate_since = (progress.seconds, progress.tokens)  # from where the next line's rate counts
+    is_last = progress.share_done(cfg) >= 1  # if a run that was at its end is resumed
+    is_over = is_last
+
+    while True:
+        # The first process decides by its clock and by Ctrl-C. The others do as it says.
+        lr = learning_rate(cfg, progress.step, progress.share_done(cfg))
+        lr, stage_number, is_over = processes.told_by_first(lr, curriculum.number, is_over)
+        if is_over:
+            break
+        curriculum.number = int(stage_number)
+        stage = curriculum.stage
+        if batches.stage != stage:
+            batches.enter(stage)
+
+        # One step: this process's micro-batches, then the sum over all processes.
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        numbers = torch.zeros(3, device=device)
+        n_tokens = 0
+        for _ in range(cfg.accumulate // processes.n):
+            batch = next(batches).to(device)
+            n_tokens += batch.idx.numel()
+            if is_cuda:
+                batch = with_fewer_shapes(batch, stage)
+            S = length_of_segments(batch, stage, cfg, model_segment_len)
+            numbers += micro_step(S, batch.idx, batch.at, batch.targets, batch.is_word)
+        numbers = processes.sum_gradients(parameters, numbers)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=not is_cuda)
+        n_tokens = processes.sum(n_tokens)
+
+        progress.step += 1
+        progress.tokens += n_tokens
+        curriculum.steps += 1
+        bar.update(n_tokens)
+        if not processes.is_first:
+            continue
+
+        # What is due? The last step is logged and saved like any other.
+        loss, n_right, n_words = numbers
+        pending.append((batch.is_longest, torch.stack([norm, loss, n_right / n_words])))
+        progress.seconds = seconds_now()
+        is_last = progress.share_done(cfg) >= 1
+        if cfg.minutes is not None and progress.seconds - seconds_before >= 60 * cfg.minutes:
+            is_last = True
+        is_over = is_last or bool(interrupts)
+        is_validation_due = progress.tokens // cfg.eval_every > n_validations
+        is_line_due = progress.step % LOG_EVERY == 0
+
+        # Log
+        if is_line_due or is_validation_due or is_over:
+            line = fetch(pending, progress.step, curriculum)
+            pending.clear()
+            progress.seconds = seconds_now()
+            since_seconds, since_tokens = rate_since
+            rate = (progress.tokens - since_tokens) / (progress.seconds - since_seconds)
+            rates.append(rate)
+            line.update(stage=curriculum.number, lr=lr, tokens_per_second=round(rate))
+            write_line(log, progress, **line)
+            bar.set_postfix(
+                loss=f"{line['loss']:.3f}",
+                acc=f"{line['accuracy']:.2f}",
+                lr=f"{lr:.1e}",
+                stage=f"{curriculum.number + 1}/{len(stages)}",
+            )
+
+        # Stage
+        if is_line_due:
+            message = curriculum.advance()
+            if message is not None:
+                say(progress, message)
+                if curriculum.is_last:
+                    progress.end = min(progress.end, progress.tokens + cfg.final_tokens)
+
+        # Save, before the evaluation: whoever presses Ctrl-C twice shall not lose anything
+        if is_validation_due or is_over:
+            save_checkpoint(
+                Path(cfg.out_dir, "ckpt.pt"),
+                model,
+                tokenizer=tokenizer.ranks,
+                train=asdict(cfg),
+                optimizer=optimizer.state_dict(),
+                curriculum=curriculum.state_dict(),
+                progress=asdict(progress),
+            )
+
+        # Evaluate
+        n_validations = progress.tokens // cfg.eval_every
+        if is_validation_due and not is_over and not interrupts:
+            short = [length for length in cfg.lengths if length <= 4000] or cfg.lengths[:1]
+            work = [(task, length, cfg.eval_n) for task in cfg.tasks for length in short]
+            threads = processes.eval_threads
+            rows = ask(model, tokenizer, val_set, work, -1, ("on",), threads)
+            shares = {}
+            for cell in cells(rows):
+                name = f"{cell['task']} {length_name(cell['length'])}"
+                shares[name] = round(cell["exact"] / cell["n"], 4)
+            write_line(log, progress, validation=shares)
+            percents = [f"{name} {100 * share:.0f} %" for name, share in shares.items()]
+            say(progress, f"validation {', '.join(percents)}")
+        if not pending:
+            rate_since = (seconds_now(), progress.tokens)  # without the evaluation
+
+    bar.close()
+    batches.close()
+    if not processes.is_first:
+        return
+    if interrupts and not is_last:
+        raise KeyboardInterrupt
+    rate = f" ({statistics.median(rates):,.0f} tokens/s)" if rates else ""
+    print(
+        f"trained {progress.tokens / 1e6:.1f} M tokens in {progress.step} steps and "
+        f"{progress.seconds / 60:.1f} minutes{rate}; wrote {Path(cfg.out_dir, 'ckpt.pt')}",
+        flush=True,
+    )
+
+
+def fetch(pending: list[tuple[bool, Tensor]], step: int, curriculum: Curriculum) -> dict:
+    """The numbers of the steps since the last line of the log, the latest of which is `step`: the
+    mean loss, and the last step's accuracy and norm of the gradient. The curriculum is given the
+    accuracies of steps with the longest documents.
+
+    This waits for the device. ValueError for a gradient that is not finite, so that no weights are
+    saved that it has spoiled.
+
+    pending  of each step: whether its documents were the longest, and (3,) norm, loss, accuracy"""
+    rows = torch.stack([numbers for _, numbers in pending]).tolist()
+    losses = []
+    first = step - len(pending)
+    for i, (norm, loss, accuracy) in enumerate(rows):
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"the gradient is {norm} at step {first + i}: train anew with a lower --lr"
+            )
+        losses.append(loss)
+        is_longest, _ = pending[i]
+        if is_longest:
+            curriculum.recent.append(accuracy)
+    mean_loss = sum(losses) / len(losses)
+    return dict(loss=round(mean_loss, 6), accuracy=round(accuracy, 6), grad_norm=round(norm, 6))
+
+
+def write_line(log: JsonLines, progress: Progress, **values) -> None:
+    """A line of metrics.jsonl, with where the run stands."""
+    log.write(
+        step=progress.step, tokens=progress.tokens, seconds=round(progress.seconds, 1), **values
+    )
+
+
+def say(progress: Progress, message: str) -> None:
+    """A line for people, with where the run stands."""
+    tqdm.write(f"{progress.seconds:5.0f} s, {progress.tokens / 1e6:4.1f} M tokens: {message}")
+
+
+# -------------------------------------------------------------------------------------------------
+# From a command line to the loop
+
+
+def make_model(flags: Flags, device: torch.device) -> tuple[LM2 | RMT, Tokenizer, dict | None]:
+    """The model on the device, its tokenizer, and the checkpoint to go on from if there is one.
+
+    ValueError for a broken checkpoint, and for --compile where there is no compiler."""
+    cfg = flags.cfg
+    if cfg.compile:
+        check_compiler(device)
+    saved = None
+    if flags.resume:
+        path = Path(cfg.out_dir, "ckpt.pt")
+        model, saved = load_checkpoint(path)
+        tokenizer = of_checkpoint(saved, path)
+    elif cfg.init is not None:
+        model, content = load_checkpoint(cfg.init)
+        tokenizer = of_checkpoint(content, cfg.init)
+    else:
+        tokenizer = load()
+        torch.manual_seed(cfg.seed)
+        model = build_model(LM2Config(**flags.sizes | dict(vocab_size=tokenizer.n_vocab)))
+    model.to(device)
+    model.recompute = cfg.recompute
+    if device.type == "cpu" and cfg.bfloat16:
+        bfloat16_layers(model)
+    if cfg.compile:
+        compile_blocks(model, dynamic=True if device.type == "cuda" else None)
+    return model, tokenizer, saved
+
+
+def make_data(cfg: TrainConfig, tokenizer: Tokenizer) -> tuple[Builder, Builder]:
+    """The makers of documents to train on and of documents to evaluate.
+
+    ValueError for files, tasks or lengths that cannot be, before any time is spent."""
+    documents = background.documents(cfg.background)
+    train_set = Builder(tokenizer, "train", cfg.background, documents, cfg.stories)
+    val_set = Builder(tokenizer, "val", cfg.background, documents, cfg.stories)
+    check_cells(generated(val_set, cfg.seed), cfg.tasks, cfg.lengths)
+    for task in cfg.tasks:
+        train_set.story(task, 2, random.Random(0))
+    return train_set, val_set
+
+
+def describe(
+    cfg: TrainConfig,
+    model: LM2 | RMT,
+    train_set: Builder,
+    val_set: Builder,
+    device: torch.device,
+    processes: Processes,
+) -> str:
+    """The table that is printed before the first step."""
+    sizes = model.cfg
+    total, memory = model.n_params()
+    if sizes.kind == "lm2":
+        remembers = f"{sizes.n_slot} slots in {sizes.n_mem_layer} of them"
+    elif sizes.kind == "rmt":
+        remembers = f"{sizes.n_mem_token} memory tokens"
+    else:
+        remembers = "no memory"
+    if cfg.device != "auto":
+        why = "asked for"
+    elif device.type == "cuda":
+        why = "found"
+    else:
+        why = "no CUDA device here"
+    is_bfloat16 = device.type == "cuda" if cfg.bfloat16 is None else cfg.bfloat16
+    number_type = "bfloat16" if is_bfloat16 else "float32"
+    shared_by = f"{processes.train_threads} threads" if processes.train_threads > 1 else "1 thread"
+    if processes.n > 1:
+        shared_by = f"{processes.n} processes of {shared_by}"
+    prose = cfg.background or "Python's documentation"
+    end = f"{cfg.tokens / 1e6:,.1f} M tokens, or {cfg.final_tokens / 1e6:,.1f} M in the last stage"
+    if cfg.total_minutes is not None:
+        end = f"{cfg.total_minutes:g} minutes, or {end}"
+    rows = [
+        ("model", f"{sizes.kind}, {total:,} parameters, {memory:,} of them memory"),
+        ("", f"{sizes.n_layer} blocks of width {sizes.n_embd}, {remembers}"),
+        ("", f"segments of {sizes.segment_len} tokens"),
+        ("recipe", f"{cfg.recipe}, with the preset {cfg.preset}"),
+        ("tasks", " ".join(cfg.tasks)),
+        ("stages", f"{len(cfg.stages)}, from {cfg.stages[0]} to {cfg.stages[-1]}"),
+        ("prose", f"{prose}: {len(train_set.prose):,} tokens to train on,"),
+        (
+            "",
+            f"{len(val_set.prose):,} to validate, {train_set.chars_per_token:.2f} characters each",
+        ),
+        ("step", f"{cfg.accumulate} micro-batches of up to {cfg.batch_size} documents and"),
+        ("", f"{cfg.batch_tokens:,} tokens, learning rate {cfg.lr:g}"),
+        ("end", f"after {end}"),
+        ("device", f"{device} ({why}), {number_type}, {shared_by}"),
+        ("output", f"{Path(cfg.out_dir)}: ckpt.pt, metrics.jsonl, table.jsonl"),
+    ]
+    return "\n".join(f"{name:8}{text}" for name, text in rows)
+
+
+def run(flags: Flags, processes: Processes, meet_at: str | None) -> None:
+    """Train, and print the table of accuracy against length: what each process does.
+
+    meet_at  the address at which the processes meet; None where there is only one"""
+    cfg = flags.cfg
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(processes.train_threads)
+    try:
+        device = pick_device(cfg.device)
+        if device.type == "cuda" and processes.n > 1:
+            device = torch.device("cuda", processes.local_rank)
+            torch.cuda.set_device(device)
+        if meet_at is not None:
+            processes.join(meet_at, device.type)
+        model, tokenizer, saved = make_model(flags, device)
+        train_set, val_set = make_data(cfg, tokenizer)
+        arguments = (cfg, model, tokenizer, train_set, val_set, device, processes, saved)
+        if not processes.is_first:
+            try:
+                train(*arguments, log=None, interrupts=[])
+            except ProcessLost:
+                raise  # the first process tells it
+            except (ValueError, OSError) as error:
+                print(f"train.py: process {processes.rank}: {error}", file=sys.stderr)
+                raise SystemExit(HAS_TOLD) from None
+            return
+
+        print(describe(cfg, model, train_set, val_set, device, processes), flush=True)
+        interrupts = []
+        folder = Path(cfg.out_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        first_step = None if saved is None else saved["progress"]["step"]
+        with (
+            interrupts_kept(interrupts),
+            JsonLines(folder / "metrics.jsonl", first_step) as log,
+        ):
+            train(*arguments, log, interrupts)
+        modes = ("on",) if model.cfg.kind == "llama" else ("on", "off")
+        work = [(task, length, cfg.table_n) for task in cfg.tasks for length in cfg.lengths]
+        threads = processes.eval_threads
+        rows = ask(model, tokenizer, val_set, work, 0, modes, threads, show=True)
+        save(rows, folder / "table.jsonl")
         print(table(cells(rows)))
+    finally:
+        processes.leave()
+        torch.set_num_threads(threads_before)
 
 
 def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
-    with one_line("train.py"):
-        t = Trainer(*read_flags(argv))
-        total, memory = t.model.n_params()
-        cuda = t.device.type == "cuda"
-        bfloat16 = cuda if t.c.bfloat16 is None else t.c.bfloat16
-        why = "asked for" if t.c.device != "auto" else "found" if cuda else "no CUDA device here"
-        print(t.c, t.model.cfg, sep="\n")
-        print(f"{total:,} parameters, {memory:,} of them memory",
-              f"{t.device} ({why}), {'bfloat16' if bfloat16 else 'float32'}, "
-              + (f"{t.processes} processes of one thread" if t.processes > 1 else f"{t.threads[1]} threads"),
-              f"{len(t.train_set.prose):,} tokens of background to train on, {len(t.val_set.prose):,} to "
-              f"validate, {t.train_set.chars_per_token:.2f} characters a token",
-              f"{t.c.accumulate} times {t.c.batch_size} documents a step, or fewer with {t.c.batch_tokens:,} "
-              "tokens", sep="\n", flush=True)
-        try:
-            with interrupts_kept(t.asked):
-                t.run()
-        finally:
-            t.close()
-        t.report()
+    if argv is None:
+        argv = sys.argv[1:]
+    if not dist.is_torchelastic_launched():
+        with one_line("train.py"):
+            flags = read_flags(argv)
+            processes = choose_processes(flags.cfg)
+            with helpers_started(processes, argv) as meet_at:
+                run(flags, processes, meet_at)
+        return
+    # torchrun has started this process and the others.
+    is_first = os.environ["RANK"] == "0"
+    if not is_first:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process
+    with one_line("train.py", is_silent=not is_first):
+        flags = read_flags(argv)
+        run(flags, processes_of_torchrun(flags.cfg), "env://")
 
 
 if __name__ == "__main__":

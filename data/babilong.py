@@ -11,7 +11,6 @@ Train and validation share no story (by a hash of its sentences) and no passage 
 import bisect
 import hashlib
 import random
-from functools import lru_cache
 from typing import Sequence
 
 import numpy as np
@@ -33,14 +32,6 @@ def story_part(texts: Sequence[str]) -> str:
     """"train" or "val", by a hash of the facts."""
     digest = hashlib.blake2b("\n".join(texts).encode(), digest_size=4).digest()
     return "val" if int.from_bytes(digest, "little") % VAL_SHARE == 0 else "train"
-
-
-@lru_cache
-def usual_facts(task: str, share: float) -> int:
-    """How many facts this share of the questions of the task's stories have before them, at most."""
-    rng = random.Random(0)
-    counts = sorted(n for _ in range(500) for n, _ in babi.TASKS[task].story(rng).questions)
-    return counts[min(len(counts) - 1, int(len(counts) * share))]
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
@@ -89,6 +80,10 @@ class Builder:
             ids = np.array(self.tokenizer.encode(" " + sentence), dtype=np.int64)
             self.cache[sentence] = ids, self.size(" " + sentence, ids)
         return self.cache[sentence]
+
+    def ids(self, sentence: str) -> np.ndarray:
+        """The ids of a sentence of a story."""
+        return self.encode(sentence)[0]
 
     def story(self, task: str, n_facts: int | None, rng: random.Random, asides: int = 0,
               tasks: Sequence[str] = ()) -> tuple[list[str], list[babi.Question], Asides]:
@@ -185,27 +180,6 @@ class Builder:
                 return self.assemble(texts, questions, room if length else 0, rng)
         raise ValueError(f"length {length} is too short for the facts of {task}: give more tokens, "
                          "or 0 for no background")
-
-    def lesson(self, tasks: Sequence[str], n_facts: int, room: tuple[int, int], rng: random.Random,
-               max_questions: int = 8, asides: int = 0, share: float | None = None, usual: float = 0.9
-               ) -> Document:
-        """A training document: n_facts facts, or the quantile `usual` of what the task's own questions have
-        before them if that is fewer (with `share` of 0 .. 1 so far between 2 and that), and every question on
-        them that any of the tasks asks (max_questions at most), some also at `asides` points before; its
-        length drawn from room = (least, most) tokens; without background if most is 0 or the facts leave no
-        room."""
-        task = tasks[int(rng.random() * len(tasks))]
-        n_facts = min(n_facts, max(2, usual_facts(task, usual)))
-        n_facts = n_facts if share is None else 2 + int(share * (n_facts - 1))
-        texts, questions, early = self.story(task, n_facts, rng, asides, tasks)
-        questions = questions[:max_questions]
-        facts = sum(len(self.encode(t)[0]) for t in texts)
-        tail = sum(len(self.encode(q.text)[0]) + len(self.encode(q.answer)[0]) + 1
-                   for q in questions + [q for _, q in early])
-        least = max(room[0] - tail, facts)
-        most = room[1] - tail
-        length = least + int(rng.random() * (most - least + 1)) if most > facts else 0
-        return self.assemble(texts, questions, length, rng, early)
 
 
 def main(argv: list[str] | None = None) -> None:

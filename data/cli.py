@@ -1,29 +1,37 @@
-"""What all command lines here share: flags made from a dataclass, mistakes that end in one line, exit code 2.
+"""What all command lines here share: flags made from a dataclass, mistakes that end in one line and
+exit code 2, interrupts that wait, files that are replaced as a whole.
 
     from data.cli import Parser, one_line
 
 Writes nothing but the line on standard error.
 """
+
 import argparse
 import contextlib
-import functools
-import inspect
+import dataclasses
 import json
 import signal
 import sys
+import time
 import types
 import typing
-from dataclasses import MISSING, fields
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
 except ImportError:
-    fcntl = None            # Windows: two runs in one folder are not told apart there
+    fcntl = None  # Windows: two runs in one folder are not told apart there
+
+
+def flag(default: Any, help: str) -> Any:
+    """A field of a dataclass with the help text of its flag."""
+    return dataclasses.field(default=default, metadata=dict(help=help))
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without prefix matching, and with one line for a mistake instead of the whole usage."""
+    """argparse without prefix matching, and with one line for a mistake instead of the usage."""
 
     def __init__(self, prog: str, description: str):
         super().__init__(prog=prog, description=description, allow_abbrev=False)
@@ -31,67 +39,104 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (see --help)\n")
 
-    def add_fields(self, config: type, skip: tuple[str, ...] = (), shown: dict | None = None):
-        """One flag for each field of a dataclass: its type, its default, and the comment behind it as help.
-        A flag that is not given is None, so that a preset can be told from an explicit choice."""
-        for f in fields(config):
-            if f.name in skip:
+    def add_settings(self, config: type) -> None:
+        """Add a flag for each field of a dataclass, all of which were made by `flag`.
+
+        A flag that is not given is None, so that it can be told from one that is given with its
+        default. A tuple of texts is given with spaces between, quoted or not."""
+        kinds = typing.get_type_hints(config)
+        for field in dataclasses.fields(config):
+            kind = kinds[field.name]
+            options = dict(default=None, help=help_text(field.metadata["help"], field.default))
+            if typing.get_origin(kind) is tuple:
+                self.add_argument(
+                    f"--{field.name}", nargs="+", action=Words, metavar="TEXT", **options
+                )
                 continue
-            kind, note = described(config)[f.name]
-            default = (shown or {}).get(f.name, None if f.default is MISSING else f.default)
-            text = f"{note} (default {default})".replace("%", "%%")
+            if isinstance(kind, types.UnionType):
+                (kind,) = set(typing.get_args(kind)) - {types.NoneType}
             if kind is bool:
-                self.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=None,
-                                  help=text)
+                self.add_argument(
+                    f"--{field.name}", action=argparse.BooleanOptionalAction, **options
+                )
             else:
-                self.add_argument(f"--{f.name}", type=kind, default=None, metavar=kind.__name__.upper(),
-                                  help=text)
+                self.add_argument(
+                    f"--{field.name}", type=kind, metavar=kind.__name__.upper(), **options
+                )
+
+    def add_sizes(self, helps: dict[str, str], defaults: Any) -> None:
+        """Add flags for whole numbers. defaults has an attribute for each of them."""
+        group = self.add_argument_group("sizes of the model")
+        for name, text in helps.items():
+            text = help_text(text, getattr(defaults, name))
+            group.add_argument(f"--{name}", type=int, metavar="INT", default=None, help=text)
 
 
-@functools.cache
-def described(config: type) -> dict[str, tuple[type, str]]:
-    """Of each field of a dataclass its plain type (int for `int` and for `int | None`) and the comment behind
-    its line `name: type = default` of the source."""
-    kinds, found = typing.get_type_hints(config), {}
-    for line in inspect.getsource(config).splitlines():
-        code, _, note = line.partition("  # ")
-        name = code.strip().partition(":")[0]
-        if name in kinds and name not in found:
-            parts = typing.get_args(kinds[name]) or (kinds[name],)
-            found[name] = next(kind for kind in parts if kind is not types.NoneType), note.strip()
-    return found
+class Words(argparse.Action):
+    """Keeps the words of all arguments of a flag as one tuple."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(" ".join(values).split()))
+
+
+def help_text(text: str, default: Any) -> str:
+    """The help of a flag with its default behind it, as argparse takes it."""
+    if isinstance(default, tuple):
+        default = " ".join(default)
+    if default not in (None, ""):
+        text = f"{text} (default {default})"
+    return text.replace("%", "%%")
+
+
+OUT_OF_MEMORY = ("not enough memory", "out of memory", "can't allocate memory")  # as torch says it
 
 
 @contextlib.contextmanager
-def one_line(prog: str):
-    """A user's mistake (ValueError, a file that cannot be used) ends in one line and exit code 2."""
+def one_line(prog: str, is_silent: bool = False) -> Iterator[None]:
+    """Within it a user's mistake (a ValueError, a file that cannot be used) ends the program with
+    one line on standard error and exit code 2. So does a lack of memory.
+
+    is_silent  without the line and with exit code 1, as another process prints it"""
     try:
         yield
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
-        raise SystemExit(130)
+        raise SystemExit(130) from None
     except BrokenPipeError:  # the reader of our output has gone: `| head`
         sys.stderr.close()
-        raise SystemExit(0)
+        raise SystemExit(0) from None
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        full = ("not enough memory", "out of memory", "can't allocate memory")      # torch's words for it
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in full):
-            raise                       # ours
+        if isinstance(error, RuntimeError) and not any(
+            words in str(error) for words in OUT_OF_MEMORY
+        ):
+            raise  # a fault of ours
+        if is_silent:
+            raise SystemExit(1) from None
         if isinstance(error, (MemoryError, RuntimeError)):
-            error = ValueError("not enough memory: smaller batches, models or documents need less")
-        message = (f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename
-                   else str(error))
+            message = "not enough memory: smaller batches, models or documents need less"
+        elif isinstance(error, OSError) and error.filename:
+            message = f"{error.strerror}: {error.filename}"
+        else:
+            message = str(error)
         print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(2) from None
 
 
 @contextlib.contextmanager
-def interrupts_kept(asked: list):
-    """Ctrl-C is noted in `asked` meanwhile, for whoever ends in order; asked twice it ends at once."""
+def interrupts_kept(times: list[float]) -> Iterator[None]:
+    """Within it Ctrl-C only notes its time in `times`, so that a run can end in order. A second one
+    raises KeyboardInterrupt at once.
+
+    A terminal sends Ctrl-C to a launcher such as torchrun, too, which passes it on. So a signal
+    within two seconds of the first one is taken for the same."""
+
     def note(*_):
-        if asked:
+        now = time.monotonic()
+        if times and now - times[0] > 2:
             raise KeyboardInterrupt
-        asked.append(True)
+        if not times:
+            times.append(now)
+
     before = signal.signal(signal.SIGINT, note)
     try:
         yield
@@ -100,9 +145,9 @@ def interrupts_kept(asked: list):
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path):
-    """A file to write beside `path`, which takes its place when the block ends; after an error nothing has
-    changed."""
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A file to write beside `path`, which takes its place when the block ends. After an error
+    nothing has changed."""
     partial = Path(f"{path}.tmp")
     try:
         yield partial
@@ -113,34 +158,51 @@ def replacing(path: str | Path):
 
 
 class JsonLines:
-    """A file of JSON, a line a call of `write`, by one process at a time. Of one that is there already the
-    lines up to a step are kept: a run that was killed has logged steps that are taken again; without a step
-    it starts anew. ValueError while another process writes it, and for lines that are no such JSON."""
+    """A file of JSON, one line for each call of `write`, which one process writes at a time.
+
+    ValueError while another process writes it, and for lines that are not of a run."""
 
     def __init__(self, path: Path, step: int | None):
-        self.file, kept = open(path, "a+b"), 0
+        """step  of an older file the lines up to this step are kept: a run that was killed has
+        logged steps that are taken again. None: begin anew"""
+        self.file = open(path, "a+b")  # noqa: SIM115
         try:
             if fcntl:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"another run writes {path}: give another --out_dir, or end that one") from None
-        self.file.seek(0)
-        for number, line in enumerate(self.file if step is not None else (), 1):
-            try:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                    break
-            except (ValueError, TypeError, KeyError):
-                raise ValueError(f"{path}: line {number} is none of a run's: move the file away") from None
-            kept += len(line)
-        self.file.truncate(kept)
+            self.file.close()
+            raise ValueError(
+                f"another run writes {path}: give another --out_dir, or end that one"
+            ) from None
+        n_kept = 0  # bytes
+        if step is not None:
+            self.file.seek(0)
+            for number, line in enumerate(self.file, 1):
+                try:
+                    if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                        break
+                except (ValueError, TypeError, KeyError):
+                    raise ValueError(
+                        f"{path}: line {number} is not a line of a run: move the file away"
+                    ) from None
+                n_kept += len(line)
+        self.file.truncate(n_kept)
 
-    def write(self, **values) -> None:
+    def write(self, **values: Any) -> None:
+        """Add a line."""
         self.file.write(json.dumps(values).encode() + b"\n")
         self.file.flush()
 
+    def __enter__(self) -> "JsonLines":
+        return self
 
-def save_json(value, path: str | Path) -> None:
-    """Write a value as JSON, one line for each item of its lists; an older file stays until it is whole."""
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+
+
+def save_json(value: Any, path: str | Path) -> None:
+    """Write a value as JSON, one line for each item of its lists. An older file stays until the new
+    one is whole."""
     text = json.dumps(value, ensure_ascii=False).replace("}, {", "},\n {")
     with replacing(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")

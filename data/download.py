@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.cli import Parser, one_line, replacing
+from data.cli import Parser, flag, one_line, replacing
 from data.published import FIELDS, parse_json, parse_samples
 
 REVISION = "ee0d588794c7ac098062ee0d247c733d62e94fe2"
@@ -37,13 +37,13 @@ LONGEST = {"100": {5: "10M", 10: "1M", 20: "0k"}, "1000": {5: "128k", 10: "0k", 
 @dataclass(frozen=True)
 class Source:
     """What to fetch from where, and how patiently."""
-    set: str = "100"       # samples a cell: 100 or 1000
-    url: str = ""          # a mirror: the folder with qa1/0k.json, or the address of the rows call
-    again: bool = False    # fetch and replace what is there
-    tries: int = 4         # requests for one URL
-    pause: float = 2.0     # seconds before the second try, doubled before each further one
-    timeout: float = 30.0  # seconds without a byte
-    limit: float = 3600.0  # seconds for one whole answer, so that a trickle ends too
+    set: str = flag("100", "The number of samples in a cell: 100 or 1000.")
+    url: str = flag("", "A mirror: the folder that has qa1/0k.json, or the address of the rows call.")
+    again: bool = flag(False, "Fetch and replace what is there.")
+    tries: int = flag(4, "At most so many requests for one address.")
+    pause: float = flag(2.0, "Wait so many seconds before the second try, and twice as long each time.")
+    timeout: float = flag(30.0, "Give up a try after so many seconds without a byte.")
+    limit: float = flag(3600.0, "Give up an answer that is not complete after so many seconds.")
 
     def __post_init__(self):
         if self.set not in BASES:
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="qa1 to qa20")
     parser.add_argument("--lengths", nargs="+", required=True, metavar="LENGTH", help=" ".join(LENGTHS))
     parser.add_argument("--out", type=Path, required=True, help="folder to write to, one for each set")
-    parser.add_fields(Source, shown={"url": "the published address"})
+    parser.add_settings(Source)
     given, count = vars(parser.parse_args(argv)), collections.Counter()
     tasks, lengths, out = (given.pop(name) for name in ("tasks", "lengths", "out"))
     with one_line(parser.prog):

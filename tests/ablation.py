@@ -40,7 +40,9 @@ import train  # noqa: E402
 from data.cli import Parser, one_line  # noqa: E402
 from data.device import keep_freed_memory  # noqa: E402
 from data.document import length_name, parse_length  # noqa: E402
+from data.lessons import parse_stage  # noqa: E402
 from data.metrics import cells, wilson  # noqa: E402
+from data.predictions import load  # noqa: E402
 
 
 class PlainForget(lm2.Memory):
@@ -201,6 +203,8 @@ class Row:
 
 TOKENS = 8_000_000  # Every run trains on these, whatever stage it is in at the end.
 STAGES = train.TrainConfig.stages
+UP_TO_16 = " ".join(STAGES[:-1])
+UP_TO_64 = " ".join([*STAGES, "10:64"])
 ROWS: dict[str, Row] = {
     "default": Row(),
     "paper Eqs. (4) to (6)": Row("--ffn_dim 197", memory=PaperUpdate),
@@ -220,54 +224,60 @@ ROWS: dict[str, Row] = {
     "1 memory head": Row("--n_mem_head 1"),
     "memory in 1 block of 3": Row("--n_mem_layer 1 --ffn_dim 277"),
     "memory in 2 blocks of 3": Row("--n_mem_layer 2 --ffn_dim 226"),
-    "up to 16 segments": Row(f"--stages '{STAGES.removesuffix(' 10:32')}'"),
-    "up to 64 segments": Row(f"--stages '{STAGES} 10:64'"),
+    "up to 16 segments": Row(f"--stages {UP_TO_16}"),
+    "up to 64 segments": Row(f"--stages {UP_TO_64}"),
 }
 
 
 @contextmanager
 def changed(row: Row) -> Iterator[None]:
-    """Within it models are built from the classes of the row."""
-    default = Row()
+    """Within it models are built from the classes of the row, with its initial weights."""
+    before = (lm2.Memory, lm2.Block, lm2.LM2)
+
+    class Started(lm2.LM2):
+        def __init__(self, cfg: lm2.LM2Config):
+            super().__init__(cfg)
+            row.start(self)
+
     lm2.Memory = row.memory
     lm2.Block = row.block
+    if row.start is not None:
+        lm2.LM2 = Started
     try:
         yield
     finally:
-        lm2.Memory = default.memory
-        lm2.Block = default.block
+        lm2.Memory, lm2.Block, lm2.LM2 = before
 
 
-def measure(name: str, seed: int, lengths: list[int], n: int, flags: str) -> dict:
+def measure(name: str, seed: int, lengths: list[str], n: int, flags: str) -> dict:
     """Train a row and evaluate it on n samples of each length -> a line of --out. It holds how many
     answers were right by length, and how many the floor has right."""
     row = ROWS[name]
     own_flags = f"--seed {seed} --tokens {TOKENS} --final_tokens {TOKENS} {flags} {row.flags}"
     with tempfile.TemporaryDirectory() as folder, changed(row):
-        argv = ["--out_dir", folder, *shlex.split(own_flags)]
-        trainer = train.Trainer(*train.read_flags(argv))
-        try:
-            if row.start is not None:
-                row.start(trainer.model)  # Processes that help see it too: they share the weights.
-            trainer.run()
-        finally:
-            trainer.close()
-        predictions = trainer.evaluate(lengths, n, 0, ("on",))
+        # Other processes might not have the classes of the row.
+        argv = ["--out_dir", folder, "--processes", "1", *shlex.split(own_flags)]
+        train.main([*argv, "--table_lengths", *lengths, "--table_n", str(n)])
+        predictions = load(Path(folder, "table.jsonl"))
+        model, content = lm2.load_checkpoint(Path(folder, "ckpt.pt"))
     exact = {}
     floor = {}
     for cell in cells(predictions):
-        length = length_name(cell["length"])
-        exact[length] = cell["exact"]
-        floor[length] = cell["floor"]
+        if cell["memory"] == "on":
+            length = length_name(cell["length"])
+            exact[length] = cell["exact"]
+            floor[length] = cell["floor"]
+    n_params, _ = model.n_params()
+    stage = content["train"]["stages"][content["curriculum"]["number"]]
     return dict(
         row=name,
         seed=seed,
         flags=flags,
-        minutes=round(trainer.seconds / 60, 1),
-        tokens=trainer.tokens,
+        minutes=round(content["progress"]["seconds"] / 60, 1),
+        tokens=content["progress"]["tokens"],
         n=n,
-        params=trainer.model.n_params()[0],
-        stage=str(trainer.course.stage),
+        params=n_params,
+        stage=str(parse_stage(stage, model.cfg.segment_len)),
         exact=exact,
         floor=floor,
     )
@@ -359,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     with one_line("tests/ablation.py"):
         out = Path(args.out)
-        lengths = [parse_length(text) for text in dict.fromkeys(args.lengths)]
+        lengths = list(dict.fromkeys(parse_length(text) for text in args.lengths))
         if args.n < 1:
             raise ValueError(f"--n {args.n} samples a length: give 1 or more")
         if out.is_dir():
@@ -377,7 +387,7 @@ def main(argv: list[str] | None = None) -> None:
                     if (name, seed) in done:
                         continue
                     done.add((name, seed))
-                    runs.append(measure(name, seed, lengths, args.n, args.flags))
+                    runs.append(measure(name, seed, length_names, args.n, args.flags))
                     out.parent.mkdir(parents=True, exist_ok=True)
                     with open(out, "a", encoding="utf-8") as file:
                         file.write(json.dumps(runs[-1]) + "\n")

@@ -46,7 +46,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python t
 
 import train  # noqa: E402
 from data.babilong import Builder  # noqa: E402
-from data.batches import Batch, Maker, Stage  # noqa: E402
 from data.cli import Parser, one_line, save_json  # noqa: E402
 from data.device import (  # noqa: E402
     compile_blocks,
@@ -55,6 +54,7 @@ from data.device import (  # noqa: E402
     pick_device,
 )
 from data.document import length_name  # noqa: E402
+from data.lessons import Batch, Lessons, Stage, parse_stage  # noqa: E402
 from data.recipes import PRESETS  # noqa: E402
 from data.tokenizer import load  # noqa: E402
 from lm2 import LM2, LM2Config  # noqa: E402
@@ -616,9 +616,9 @@ def batches(setup: Setup) -> dict:
     builder = Builder(load(), "train")
     sizes = PRESETS[c.preset] | dict(vocab_size=builder.tokenizer.n_vocab)
     model = LM2(LM2Config(**sizes)).to(setup.device)
-    maker = Maker(
+    lessons = Lessons(
         builder,
-        tuple(c.tasks.split()),
+        c.tasks,
         c.batch_size,
         c.batch_tokens,
         c.plain,
@@ -632,13 +632,12 @@ def batches(setup: Setup) -> dict:
     def make(stage: Stage) -> list[Batch]:
         made = []
         for number in itertools.islice(numbers, batches_a_round):
-            _, batch = maker[stage, number]
+            _, batch = lessons[stage, number]
             made.append(batch)
         return made
 
     def loss_of(batch: Batch, segment_len: int) -> Tensor:
-        answers = batch.targets.flatten()[batch.keep]
-        _, loss, _ = model(batch.idx, answers, at=batch.keep, segment_len=segment_len)
+        _, loss, _ = model(batch.idx, batch.targets, at=batch.at, segment_len=segment_len)
         return loss
 
     def take_steps(step: Step, stage: Stage, made: list[Batch]) -> None:
@@ -651,10 +650,10 @@ def batches(setup: Setup) -> dict:
     )
     heads = f"{'documents/s':>13}{'tokens/s':>12}{'step tokens/s':>15}{'share in %':>12}"
     print(f"{'stage':24}{heads}")
-    texts = c.stages.split()
+    middle = len(c.stages) // 2
     figures = {}
-    for text in (texts[0], texts[len(texts) // 2], texts[-1]):
-        stage = Stage.parse(text, model.cfg.segment_len)
+    for text in (c.stages[0], c.stages[middle], c.stages[-1]):
+        stage = parse_stage(text, model.cfg.segment_len)
         step = setup.training_step(model, loss_of)
         take_steps(step, stage, make(stage))  # the first ones are slow
         making = 0.0

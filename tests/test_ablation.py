@@ -14,7 +14,7 @@ import torch
 import ablation
 import lm2
 from data.recipes import PRESETS
-from test_scripts import folder, refused  # noqa: F401
+from test_train import folder, refused  # noqa: F401
 
 SIZES = dict(
     vocab_size=50,
@@ -34,15 +34,12 @@ def new_model(name, sizes):
     row = ablation.ROWS[name]
     flags = shlex.split(row.flags)
     sizes = dict(sizes)
-    for flag, value in zip(flags[::2], flags[1::2], strict=True):
-        if flag != "--stages":
+    if flags[:1] != ["--stages"]:
+        for flag, value in zip(flags[::2], flags[1::2], strict=True):
             sizes[flag.removeprefix("--")] = int(value)
     torch.manual_seed(0)
     with ablation.changed(row):
-        model = lm2.LM2(lm2.LM2Config(**sizes))
-    if row.start is not None:
-        row.start(model)
-    return model
+        return lm2.LM2(lm2.LM2Config(**sizes))
 
 
 def tiny_model(name):
@@ -116,13 +113,14 @@ def test_every_variant_but_those_of_the_curriculum_gives_other_logits_than_the_d
     assert same == ["default", "up to 16 segments", "up to 64 segments"]
     assert lm2.Memory is ablation.Row().memory
     assert lm2.Block is ablation.Row().block
+    assert lm2.LM2.__name__ == "LM2"
 
 
 def test_a_run_is_written_and_shown_and_not_made_twice(folder, tmp_path, capsys):  # noqa: F811
     out = tmp_path / "a.jsonl"
     flags = (
-        "--tokens 1500 --final_tokens 1500 --stages 4:2:32 --batch_size 4 --processes 1 "
-        f"--eval_every 1000000 --background {folder}"
+        "--tokens 1500 --final_tokens 1500 --stages 4:2:32 --batch_size 4 --eval_every 1000000 "
+        f"--threads 1 --background {folder}"
     )
     argv = ["--rows", "no null", "--seeds", "3", "--flags", flags, "--n", "2"]
     argv += ["--lengths", "0k", "200", "--out", str(out)]

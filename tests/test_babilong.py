@@ -19,6 +19,7 @@ from data import babi, babilong, background, bm25
 from data.babi import Question
 from data.babilong import Builder, story_part
 from data.document import Document, from_text, length_name, parse_length
+from data.lessons import lesson
 from data.tokenizer import load
 
 torch.set_num_threads(1)
@@ -339,18 +340,18 @@ def test_lengths_are_named_as_the_benchmark_names_them_and_the_name_reads_back(t
 @pytest.mark.parametrize("room", [(1, 64), (65, 128), (129, 192), (961, 1024)])
 def test_a_lesson_with_questions_and_answers_fits_into_its_room(train_set, room):
     rng = random.Random(0)
-    assert all(room[0] <= len(train_set.lesson(["qa1"], 4, room, rng).ids) <= room[1] for _ in range(60))
+    assert all(room[0] <= len(lesson(train_set, ["qa1"], 4, room, rng).ids) <= room[1] for _ in range(60))
 
 
 def test_a_lesson_has_every_length_of_its_room(train_set):
     rng = random.Random(0)
-    lengths = [len(train_set.lesson(["qa1"], 3, (200, 203), rng).ids) for _ in range(200)]
+    lengths = [len(lesson(train_set, ["qa1"], 3, (200, 203), rng).ids) for _ in range(200)]
     assert all(30 <= lengths.count(n) <= 70 for n in range(200, 204))
 
 
 @pytest.mark.parametrize("room", [(0, 0), (1, 32)])
 def test_a_lesson_without_room_is_its_facts_alone(tok, train_set, room):
-    doc = train_set.lesson(["qa1"], 8, room, random.Random(0))
+    doc = lesson(train_set, ["qa1"], 8, room, random.Random(0))
     assert len(doc.texts) == 8
     assert tok.decode(doc.ids[:doc.context_len]) == "".join(" " + t for t in doc.texts)
 
@@ -358,7 +359,7 @@ def test_a_lesson_without_room_is_its_facts_alone(tok, train_set, room):
 def test_a_lesson_of_qa1_asks_once_for_each_actor_named_and_the_answers_are_right(tok, train_set):
     rng, later_first = random.Random(0), 0
     for _ in range(100):
-        doc = train_set.lesson(["qa1"], 6, (1, 512), rng)
+        doc = lesson(train_set, ["qa1"], 6, (1, 512), rng)
         rooms = last_rooms(" ".join(doc.texts))
         starts = [doc.context_len] + [stop for _, stop in doc.answers]
         texts = [tok.decode(doc.ids[a:b]) for a, (b, _) in zip(starts, doc.answers)]
@@ -375,7 +376,7 @@ def test_a_lesson_of_qa1_asks_once_for_each_actor_named_and_the_answers_are_righ
 def test_what_is_asked_along_the_way_is_answered_from_the_facts_before_it(tok, train_set, room):
     rng, early, prose = random.Random(0), 0, 0
     for _ in range(60):
-        doc = train_set.lesson(["qa1"], 6, room, rng, asides=3)
+        doc = lesson(train_set, ["qa1"], 6, room, rng, asides=3)
         assert room == (0, 0) or len(doc.ids) <= room[1]
         for (start, stop), question in zip(doc.answers, doc.questions, strict=True):
             before = re.sub(r"Where is \w+\? \w+<\|endoftext\|>", "", tok.decode(doc.ids[:start]))
@@ -405,29 +406,29 @@ def test_no_point_along_the_way_is_asked_twice_nor_where_the_story_so_far_is_one
 
 def test_puzzles_are_asked_at_their_end_alone(train_set):
     for task in ("qa15", "qa17"):
-        doc = train_set.lesson([task], 6, (0, 0), random.Random(0), asides=3)
+        doc = lesson(train_set, [task], 6, (0, 0), random.Random(0), asides=3)
         assert all(a >= doc.facts[-1][1] for a, _ in doc.answers)
 
 
 def test_a_lesson_has_no_more_facts_than_the_stories_of_its_task(train_set):
     rng, rare = random.Random(0), {}
     for task, least, most in (("qa1", 10, 10), ("qa2", 20, 40), ("qa3", 70, 150)):
-        counts = {len(train_set.lesson([task], 500, (0, 0), rng, share=s).texts) for s in (None, 0.999)}
+        counts = {len(lesson(train_set, [task], 500, (0, 0), rng, share=s).texts) for s in (None, 0.999)}
         assert len(counts) == 1 and least <= (usual := counts.pop()) <= most
-        rare[task] = len(train_set.lesson([task], 500, (0, 0), rng, usual=1.0).texts) / usual
+        rare[task] = len(lesson(train_set, [task], 500, (0, 0), rng, usual=1.0).texts) / usual
     assert rare["qa1"] == 1 < min(rare["qa2"], rare["qa3"])     # a larger share needs longer stories
-    half = [len(train_set.lesson(["qa1"], 500, (0, 0), rng, share=i / 90).texts) for i in range(90)]
+    half = [len(lesson(train_set, ["qa1"], 500, (0, 0), rng, share=i / 90).texts) for i in range(90)]
     assert [half.count(n) for n in range(2, 11)] == [10] * 9
 
 
 def test_a_lesson_asks_no_more_than_it_may(train_set):
-    doc = train_set.lesson(["qa1"], 8, (1, 512), random.Random(0), max_questions=2)
+    doc = lesson(train_set, ["qa1"], 8, (1, 512), random.Random(0), max_questions=2)
     assert len(doc.questions) == len(doc.answers) == 2
 
 
 def test_a_lesson_draws_from_all_tasks(train_set):
     rng = random.Random(0)
-    texts = {train_set.lesson(["qa1", "qa3"], 10, (0, 0), rng).questions[0].text[:9] for _ in range(40)}
+    texts = {lesson(train_set, ["qa1", "qa3"], 10, (0, 0), rng).questions[0].text[:9] for _ in range(40)}
     assert texts == {"Where is ", "Where was"}
 
 
@@ -440,7 +441,7 @@ def test_a_lesson_of_any_task_ends_even_with_the_two_facts_of_the_first_stage(tr
             self.left -= 1
             assert self.left > 0, "no question can be asked on two facts, and the search for one never ends"
             return super().random()
-    assert train_set.lesson([task], 2, (0, 0), Patience(0)).questions
+    assert lesson(train_set, [task], 2, (0, 0), Patience(0)).questions
 
 
 # What a length counts
@@ -608,7 +609,7 @@ def test_a_question_of_a_file_is_hidden_in_prose_with_its_facts_and_support(tok,
 def test_a_lesson_of_a_file_has_no_more_facts_than_asked_and_comes_from_all_that_fit(tok, folder, stories,
                                                                                      most):
     builder, rng = Builder(tok, "train", folder, stories=stories[0]), random.Random(0)
-    made = [builder.lesson(["qa1"], most, (0, 0), rng) for _ in range(600)]
+    made = [lesson(builder, ["qa1"], most, (0, 0), rng) for _ in range(600)]
     found = {(tuple(doc.texts), *doc.questions) for doc in made}
     assert found == {x for x in asked_in(stories[1]["qa1", "train"]) if len(x[0]) <= most}
 

@@ -14,7 +14,7 @@ import torch
 
 import bench
 from data.device import peak_memory
-from test_scripts import refused
+from test_train import refused
 
 QUICK = ["--quick", "--threads", "1", "--device", "cpu"]
 NUMBER = r"(\d[\d,]*\.\d+)"

@@ -33,7 +33,7 @@ from data.tokenizer import Tokenizer
 from data.tokenizer import load as load_tokenizer
 from lm2 import LM2Config, build_model, save_checkpoint
 from test_babilong import book
-from test_scripts import refused
+from test_train import refused
 
 torch.set_num_threads(1)
 

@@ -995,7 +995,7 @@ def test_a_tied_table_starts_as_a_head():
 @every_kind
 def test_every_parameter_is_in_one_optimizer_group_and_only_matrices_decay(kind, tied):
     model = build(kind, tie_embeddings=tied)
-    groups = optimizer_groups(model, 0.1)
+    groups = optimizer_groups(model)
     listed = [id(p) for g in groups for p in g["params"]]
     assert sorted(listed) == sorted(id(p) for p in model.parameters())
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}

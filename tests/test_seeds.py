@@ -7,7 +7,7 @@ import json
 import pytest
 
 from data import seeds
-from test_scripts import no_worker_left, refused  # noqa: F401: the first is used by every test here
+from test_train import refused
 
 
 def made(model, exact, memory="on", length=0, outside=0, task="qa1"):

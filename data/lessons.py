@@ -1,0 +1,486 @@
+"""Training batches: documents that ask for what they tell, from two facts up to long prose.
+
+    python -m data.lessons                               # print one training document, marked
+    python -m data.lessons --stage 4:2:32 --tasks qa1 qa2 --number 7
+
+Writes nothing.
+
+A model learns from easy documents first. A *stage* says how many facts a document has at most, and
+in how many segments of prose they are hidden. The *curriculum* is the list of stages and where the
+run stands in it. A *lesson* is one training document of a stage: a story, prose around it, and
+questions with their answers. Only the answers are learned. A *batch* is some lessons of the same
+length, padded on the right.
+
+A batch is a function of the seed, of its number and of the stage, and of nothing else. So it does
+not matter which process makes it, how far ahead it is made, or whether the run was resumed.
+"""
+
+import functools
+import random
+import signal
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data import babi
+from data.babilong import Builder
+from data.cli import Parser, one_line
+from data.document import Document
+from data.tokenizer import load
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A level of difficulty: documents of 2 to `facts` facts in 1 to `segments` segments."""
+
+    facts: int  # most facts in a document
+    segments: int  # most segments of facts and prose; 0: the facts alone, without prose
+    segment_len: int  # tokens in a segment
+    tasks: tuple[str, ...] = ()  # bAbI tasks of the documents; empty: all that the run has
+
+    def __str__(self) -> str:
+        text = f"{self.facts} facts"
+        if self.segments:
+            text += f" in {self.segments} x {self.segment_len}"
+        if self.tasks:
+            text += f" of {', '.join(self.tasks)}"
+        return text
+
+
+def parse_stage(text: str, model_segment_len: int) -> Stage:
+    """A stage as it is written: `facts:segments`, then `:tokens` if its segments are shorter than
+    the model's, then `@task,task` if it has tasks of its own. ValueError for anything else.
+
+    "10:8:64@qa1,qa2" has up to 10 facts in up to 8 segments of 64 tokens, of the tasks qa1 and qa2.
+    A task that is named twice comes twice as often."""
+    numbers, at, names = text.partition("@")
+    parts = numbers.split(":")
+    if (
+        not all(part.isdecimal() for part in parts)
+        or len(parts) not in (2, 3)
+        or (at and not names)
+    ):
+        raise ValueError(
+            f"stage {text!r} is not a stage: write facts:segments or facts:segments:tokens, "
+            "and @task,task behind it for tasks of its own"
+        )
+    facts = int(parts[0])
+    segments = int(parts[1])
+    segment_len = int(parts[2]) if len(parts) == 3 else model_segment_len
+    if facts < 2:
+        raise ValueError(f"stage {text!r} has {facts} facts: a document needs 2 or more")
+    if not 1 <= segment_len <= model_segment_len:
+        raise ValueError(
+            f"stage {text!r} has segments of {segment_len} tokens: the model's --segment_len "
+            f"allows 1 to {model_segment_len}"
+        )
+    tasks = tuple(names.split(",")) if at else ()
+    return Stage(facts, segments, segment_len, tasks)
+
+
+def parse_stages(
+    texts: Sequence[str], model_segment_len: int, tasks: Sequence[str], whole: bool
+) -> list[Stage]:
+    """The stages of a run on these tasks. ValueError if one does not fit the tasks or the model.
+
+    whole  every document is one segment, so that the longest must fit into the model's"""
+    if not texts:
+        raise ValueError("--stages is empty: give one stage or more, such as 2:0 4:2:32")
+    stages = []
+    for text in texts:
+        stage = parse_stage(text, model_segment_len)
+        for task in stage.tasks:
+            if task not in tasks:
+                raise ValueError(
+                    f"stage {text!r} names {task!r}, which is not among --tasks: {' '.join(tasks)}"
+                )
+        longest = stage.segments * stage.segment_len
+        if whole and longest > model_segment_len:
+            raise ValueError(
+                f"--whole: the stage {text!r} has documents of {longest} tokens: "
+                f"give --segment_len {longest}"
+            )
+        stages.append(stage)
+    return stages
+
+
+class Curriculum:
+    """The stages of a run, and where the run stands in them.
+
+    A stage is left when the model has learned it: when the answers to its longest documents were
+    right often enough over a window of steps. It is also left when its steps are spent. The last
+    stage is never left."""
+
+    def __init__(
+        self,
+        stages: list[Stage],
+        leave_at: float,  # share of right answers that ends a stage with prose
+        leave_plain_at: float,  # share of right answers that ends a stage without prose
+        window: int,  # latest steps on the longest documents, over which the share is taken
+        max_steps: int,  # steps after which a stage ends in any case
+    ):
+        self.stages = stages
+        self.leave_at = leave_at
+        self.leave_plain_at = leave_plain_at
+        self.max_steps = max_steps
+        self.number = 0  # of the current stage
+        self.steps = 0  # taken in the current stage
+        self.recent: deque[float] = deque(maxlen=window)  # shares of right answers
+
+    @property
+    def stage(self) -> Stage:
+        return self.stages[self.number]
+
+    @property
+    def is_last(self) -> bool:
+        return self.number + 1 == len(self.stages)
+
+    def advance(self) -> str | None:
+        """Enter the next stage if the current one is learned or its steps are spent.
+
+        Returns a line that says so, or None."""
+        if self.is_last:
+            return None
+        left = self.stage
+        steps = self.steps
+        share = sum(self.recent) / max(1, len(self.recent))
+        wanted = self.leave_at if left.segments else self.leave_plain_at
+        is_window_full = len(self.recent) == self.recent.maxlen
+        is_learned = is_window_full and share >= wanted
+        if not is_learned and steps < self.max_steps:
+            return None
+        self.number += 1
+        self.steps = 0
+        self.recent.clear()
+        return f"{left} {share:.0%} after {steps} steps, now {self.stage}"
+
+    def state_dict(self) -> dict:
+        """What a checkpoint has to keep, in plain values."""
+        return dict(number=self.number, steps=self.steps, recent=list(self.recent))
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from what `state_dict` returned."""
+        self.number = state["number"]
+        self.steps = state["steps"]
+        self.recent.clear()
+        self.recent.extend(state["recent"])
+
+
+@functools.lru_cache
+def usual_facts(task: str, share: float) -> int:
+    """The number of facts that this share of bAbI's own questions has before it, or fewer."""
+    rng = random.Random(0)
+    counts = []
+    for _ in range(500):
+        story = babi.TASKS[task].story(rng)
+        counts.extend(n_facts for n_facts, _ in story.questions)
+    counts.sort()
+    return counts[min(len(counts) - 1, int(len(counts) * share))]
+
+
+def lesson(
+    builder: Builder,
+    tasks: Sequence[str],
+    n_facts: int,
+    room: tuple[int, int],
+    rng: random.Random,
+    max_questions: int = 8,
+    asides: int = 0,
+    share: float | None = None,
+    usual: float = 0.9,
+) -> Document:
+    """One training document: a story, prose around its facts, and its questions with answers.
+
+    The evaluation asks one question. A lesson asks everything that any of the tasks could ask,
+    since this costs little and teaches more.
+
+    tasks          of which the story is one, drawn at random; all of them may ask about it
+    n_facts        most facts of the story
+    room           least and most tokens of the document; (0, 0) for the facts without prose. Facts
+                   that leave no room are told without prose as well.
+    max_questions  most questions at the end of the document
+    asides         most points before the end at which questions are asked as well
+    share          how far the number of facts lies between 2 and the most, from 0 to 1; None for
+                   the most
+    usual          no story is longer than this share of its task's own questions needs"""
+    task = tasks[int(rng.random() * len(tasks))]
+    n_facts = min(n_facts, max(2, usual_facts(task, usual)))
+    if share is not None:
+        n_facts = 2 + int(share * (n_facts - 1))
+    texts, questions, early = builder.story(task, n_facts, rng, asides, tasks)
+    questions = questions[:max_questions]
+
+    n_fact_tokens = 0
+    for text in texts:
+        n_fact_tokens += len(builder.ids(text))
+    n_question_tokens = 0
+    for question in [*questions, *(question for _, question in early)]:
+        asked = len(builder.ids(question.text))
+        answered = len(builder.ids(question.answer))
+        n_question_tokens += asked + answered + 1  # 1 for the end of text
+
+    least = max(room[0] - n_question_tokens, n_fact_tokens)
+    most = room[1] - n_question_tokens
+    length = 0  # tokens of facts and prose; 0: no prose
+    if most > n_fact_tokens:
+        length = least + int(rng.random() * (most - least + 1))
+    return builder.assemble(texts, questions, length, rng, early)
+
+
+class Batch(NamedTuple):
+    """Some lessons, as the model takes them."""
+
+    idx: Tensor  # (B, T) int64, padded with 0 on the right
+    at: Tensor  # (n,) int64, the flat positions of idx whose next token belongs to an answer
+    targets: Tensor  # (n,) int64, those next tokens; -1 where `padded` has added a position
+    is_word: Tensor  # (n,) bool, false for the end of text behind an answer and for padding
+    is_longest: bool  # whether the documents are as long as the stage has them
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device. A copy from pinned memory does not wait for the device."""
+        tensors = [tensor.to(device, non_blocking=True) for tensor in self[:4]]
+        return Batch(*tensors, self.is_longest)
+
+    def padded(self, width: int, multiple: int) -> "Batch":
+        """The batch with `width` columns and with a multiple of so many answer tokens, so that
+        fewer shapes occur. An added position has the target -1, which counts for nothing."""
+        T = self.idx.shape[1]
+        row = self.at // T
+        at = self.at + row * (width - T)  # the rows above have become longer
+        more = (0, -len(at) % multiple)
+        return Batch(
+            F.pad(self.idx, (0, width - T)),
+            F.pad(at, more),
+            F.pad(self.targets, more, value=-1),
+            F.pad(self.is_word, more),
+            self.is_longest,
+        )
+
+
+Key = tuple[Stage, int]  # what decides a batch of a run: the stage, and the batch's number
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """All batches that a run can come to: `lessons[stage, number]` makes one of them."""
+
+    builder: Builder
+    tasks: tuple[str, ...]  # bAbI tasks, each as likely
+    batch_size: int  # most documents in a batch
+    batch_tokens: int  # most tokens in a batch, so that long documents come in smaller batches
+    plain: float  # share of batches without prose in a stage that has prose
+    asides: int  # most points before a document's end at which questions are asked
+    seed: int
+    accumulate: int = 1  # batches of a step: they agree in length, so that processes keep pace
+    usual: float = 0.9  # see `lesson`
+
+    def __getitem__(self, key: Key) -> tuple[Key, Batch]:
+        """The key and its batch. (A DataLoader looks batches up like that.)"""
+        stage, number = key
+        n_segments = self.n_segments(stage, number)
+        documents = self.documents(stage, number, n_segments)
+        is_longest = n_segments == stage.segments
+        return key, self.join(documents, stage.segment_len, n_segments, is_longest)
+
+    def n_segments(self, stage: Stage, number: int) -> int:
+        """How many segments the documents of a batch have; 0 for facts without prose.
+
+        Half of the steps have the stage's longest documents. The others have fewer segments, and
+        few more often than many, so that short documents are not forgotten."""
+        rng = random.Random(f"{self.seed} step {number // self.accumulate}")
+        if stage.segments == 0 or rng.random() < self.plain:
+            return 0
+        if rng.random() < 0.5:
+            return stage.segments
+        return 1 + int(rng.random() ** 2 * stage.segments)
+
+    def documents(self, stage: Stage, number: int, n_segments: int) -> list[Document]:
+        """The lessons of a batch. Half of them have as many facts as they may have."""
+        S = stage.segment_len
+        rng = random.Random(f"{self.seed} {number}")
+        size = self.batch_size
+        room = (0, 0)
+        if n_segments:
+            size = max(1, min(size, self.batch_tokens // (S * n_segments)))
+            room = ((n_segments - 1) * S + 1, n_segments * S)
+        share_with_asides = self.share_with_asides(stage)
+        documents = []
+        for _ in range(size):
+            share = None if rng.random() < 0.5 else rng.random()
+            asides = 0
+            if share_with_asides and rng.random() < share_with_asides:
+                asides = 1 + int(rng.random() * self.asides)
+            documents.append(
+                lesson(
+                    self.builder,
+                    stage.tasks or self.tasks,
+                    stage.facts,
+                    room,
+                    rng,
+                    asides=asides,
+                    share=share,
+                    usual=self.usual,
+                )
+            )
+        return documents
+
+    def share_with_asides(self, stage: Stage) -> float:
+        """The share of a stage's documents that are asked before their end, too. Where a document
+        has many facts, to read them costs more than the questions, so more documents are."""
+        if self.asides == 0:
+            return 0.0
+        if stage.facts > 10:
+            return 0.8
+        return 0.5 if stage.segments else 0.0
+
+    def join(
+        self, documents: list[Document], segment_len: int, n_segments: int, is_longest: bool
+    ) -> Batch:
+        """A batch of documents. With prose, or beyond one segment, it is whole segments long."""
+        width = max(len(document.ids) for document in documents)
+        if n_segments or width > segment_len:
+            width = (width + segment_len - 1) // segment_len * segment_len
+        # The facts of a story may need more segments than the stage has.
+        documents = documents[: max(1, self.batch_tokens // width)]
+        idx = np.zeros((len(documents), width), np.int64)
+        targets = np.full((len(documents), width), -1, np.int64)
+        for row, document in enumerate(documents):
+            idx[row, : len(document.ids)] = document.ids
+            for start, stop in document.answers:
+                # The token before is asked for the one at `start`, and so on.
+                targets[row, start - 1 : stop - 1] = document.ids[start:stop]
+        at = np.flatnonzero(targets != -1)
+        answers = targets.flat[at]
+        is_word = answers != self.builder.tokenizer.eot
+        tensors = [torch.from_numpy(array) for array in (idx, at, answers, is_word)]
+        return Batch(*tensors, is_longest)
+
+
+def leave_interrupts_alone(_: int) -> None:
+    """In a worker: Ctrl-C is for the first process, which saves and then ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def unchanged(item: tuple[Key, Batch]) -> tuple[Key, Batch]:
+    """In place of the DataLoader's own conversion, which makes lists of tuples."""
+    return item
+
+
+class Batches:
+    """The batches that one process of a run takes, one after the other: `next(batches)`.
+
+    Worker processes make some of them ahead. When the run enters a new stage, those of the stage
+    before are thrown away, and their numbers are made again."""
+
+    def __init__(
+        self,
+        lessons: Lessons,
+        stage: Stage,
+        number: int = 0,  # of the first batch
+        stride: int = 1,  # this process takes every batch whose number is so much higher
+        workers: int = 0,  # processes that make batches ahead; 0: they are made when asked for
+        pin: bool = False,  # into memory that a GPU can copy from while it computes
+    ):
+        self.stage = stage
+        self.number = number  # of the next batch to hand out
+        self.next_order = number  # number of the next batch to have made
+        self.stride = stride
+        self.loader = iter(
+            DataLoader(
+                lessons,
+                batch_size=None,
+                sampler=self.orders(),
+                num_workers=workers,
+                pin_memory=pin,
+                collate_fn=unchanged,
+                worker_init_fn=leave_interrupts_alone,
+                prefetch_factor=4 if workers else None,
+            )
+        )
+
+    def orders(self) -> Iterator[Key]:
+        """What to make, in turn and without end."""
+        while True:
+            number = self.next_order
+            self.next_order += self.stride
+            yield self.stage, number
+
+    def enter(self, stage: Stage) -> None:
+        """Take the batches of another stage from now on."""
+        self.stage = stage
+        self.next_order = self.number
+
+    def __next__(self) -> Batch:
+        while True:
+            (stage, number), batch = next(self.loader)
+            if (stage, number) == (self.stage, self.number):
+                self.number += self.stride
+                return batch
+
+    def close(self) -> None:
+        """End the workers."""
+        self.loader = None
+
+
+def marked(document: Document, tokenizer) -> str:
+    """The text of a document with every answer in square brackets. The model learns to say what
+    stands in brackets, and the end of text (`|`) behind it."""
+    pieces = []
+    end = 0
+    for start, stop in document.answers:
+        pieces.append(tokenizer.decode(document.ids[end:start]))
+        answer = tokenizer.decode(document.ids[start : stop - 1])
+        pieces.append(f" [{answer.strip()}|]")
+        end = stop
+    pieces.append(tokenizer.decode(document.ids[end:]))
+    return "".join(pieces).strip()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("python -m data.lessons", __doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--stage", default="4:2:64", help="facts:segments[:tokens][@task,task] (default 4:2:64)")
+    add("--tasks", nargs="+", default=["qa1"], help="bAbI tasks of the run (default qa1)")
+    add("--number", type=int, default=0, help="number of the batch (default 0)")
+    add("--seed", type=int, default=0, help="seed of the run (default 0)")
+    args = parser.parse_args(argv)
+    with one_line("python -m data.lessons"):
+        for task in args.tasks:
+            if task not in babi.TASKS:
+                raise ValueError(f"--tasks {task!r} is unknown: choose from {' '.join(babi.TASKS)}")
+        (stage,) = parse_stages([args.stage], 128, args.tasks, whole=False)
+        builder = Builder(load(), "train")
+        lessons = Lessons(
+            builder,
+            tuple(args.tasks),
+            batch_size=16,
+            batch_tokens=4096,
+            plain=0.1,
+            asides=3,
+            seed=args.seed,
+            accumulate=2,
+        )
+        n_segments = lessons.n_segments(stage, args.number)
+        documents = lessons.documents(stage, args.number, n_segments)
+        _, batch = lessons[stage, args.number]
+        B, T = batch.idx.shape
+        document = documents[0]
+        print(f"Batch {args.number} of the stage {stage}: {B} documents of {T} tokens each.")
+        print("Its first document, with what is learned in brackets (| is the end of text):\n")
+        print(marked(document, builder.tokenizer))
+        positions = []
+        for start, stop in document.answers:
+            positions.extend(range(start - 1, stop - 1))
+        print(f"\n{len(document.ids)} tokens, {len(document.answers)} questions.")
+        print(f"The loss is taken at these positions: {' '.join(map(str, positions))}.")
+
+
+if __name__ == "__main__":
+    main()
