@@ -361,7 +361,7 @@ class ProcessLost(ValueError):
     def __init__(self, detail: str):
         super().__init__(
             f"a process that takes part in the training has ended ({detail}). Was there too little "
-            "memory? The last checkpoint is whole: go on with --resume"
+            "memory? If a checkpoint was saved, it is whole: go on with --resume"
         )
 
 

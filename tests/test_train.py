@@ -836,7 +836,7 @@ def test_under_torchrun_ctrl_c_saves_once_and_any_number_of_processes_goes_on(
     fit, folder, tmp_path
 ):
     where = ["--background", str(folder), "--out_dir", str(tmp_path / "cut")]
-    flags = "--tokens 60000 --stages 2:0 3:2:32 --stage_steps 40 --accumulate 2"
+    flags = "--tokens 30000 --stages 2:0 3:2:32 --stage_steps 40 --accumulate 2"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command = [*launcher, str(ROOT / "train.py"), *TINY, *flags.split(), *where]
     run = subprocess.Popen(
@@ -853,7 +853,7 @@ def test_under_torchrun_ctrl_c_saves_once_and_any_number_of_processes_goes_on(
     assert err.count("train.py: interrupted") == 1
     step = content(tmp_path / "cut", "progress")["progress"]["step"]
     assert step_lines(tmp_path / "cut")[-1]["step"] == step
-    assert content(tmp_path / "cut", "progress")["progress"]["tokens"] < 60000
+    assert content(tmp_path / "cut", "progress")["progress"]["tokens"] < 30000
     fit(tmp_path / "cut", "--resume", LOG_EVERY=10, WARMUP_STEPS=100)
     fit(tmp_path / "straight", flags, LOG_EVERY=10, WARMUP_STEPS=100)
     assert weights_differ_by(tmp_path / "cut", tmp_path / "straight") < 1e-4
@@ -996,7 +996,7 @@ def test_a_second_ctrl_c_ends_at_once_unless_it_is_an_echo_of_the_first(monkeypa
 def test_killed_at_any_moment_a_run_goes_on_from_its_last_checkpoint(
     fit, folder, tmp_path, processes
 ):
-    flags = "--tokens 40000 --stages 2:0 3:2:32 --stage_steps 30 --eval_every 1500 --accumulate 2"
+    flags = "--tokens 16000 --stages 2:0 3:2:32 --stage_steps 20 --eval_every 3000 --accumulate 2"
     flags += f" --processes {processes}"
     where = ["--background", str(folder), "--out_dir", str(tmp_path / "cut")]
     command = [sys.executable, str(ROOT / "train.py"), *TINY, *flags.split(), *where]
@@ -1005,7 +1005,7 @@ def test_killed_at_any_moment_a_run_goes_on_from_its_last_checkpoint(
     while not (tmp_path / "cut" / "ckpt.pt").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    time.sleep(random.random() / 2)
+    time.sleep(random.random() / 4)
     run.kill()
     run.wait()
     time.sleep(0.5)  # the other process has the lock of the log until it ends
