@@ -13,8 +13,8 @@
 Writes ckpt.pt, metrics.jsonl and table.jsonl to --out_dir. The table is that of accuracy against
 length, with which a run ends. `python babilong_eval.py` and `python sample.py` read the checkpoint.
 
-`train` is the loop. On a CPU, several processes of one thread each share a step, since small
-products are not worth splitting among threads.
+`train` is the loop. On a CPU, a step is shared by several processes, each of one thread, if their
+number divides --accumulate: small products are not worth splitting among threads.
 """
 
 import contextlib
@@ -107,8 +107,10 @@ class TrainConfig:
         None, "A folder of original bAbI files. Without it, stories are generated."
     )
     plain: float = flag(0.1, "The share of batches without prose in stages with prose.")
-    asides: int = flag(3, "At most so many points before a document's end are asked about, too.")
-    usual: float = flag(0.9, "No story is longer than this share of bAbI's own questions needs.")
+    asides: int = flag(
+        3, "Some documents ask questions at up to this many places before their end, too."
+    )
+    usual: float = flag(0.9, "The most facts of a story, as a quantile over bAbI's own questions.")
     whole: bool = flag(False, "Read each document as one segment: full attention.")
 
     # When a stage ends
@@ -335,7 +337,7 @@ def settings_to_resume(given: dict) -> TrainConfig:
             raise ValueError(f"--resume takes --{name} from the checkpoint: leave that flag out")
     path = Path(given.get("out_dir", TrainConfig.out_dir), "ckpt.pt")
     _, content = load_checkpoint(path)
-    if not {"train", "optimizer", "curriculum", "progress"} <= set(content):
+    if not {"train", "optimizer", "progress"} <= set(content):
         raise ValueError(f"{path} holds a model but no training to resume")
     known = {f.name for f in fields(TrainConfig)}
     odd = known ^ set(content["train"])
@@ -395,7 +397,7 @@ class Processes:
                 init_method=meet_at,
                 rank=self.rank,
                 world_size=self.n,
-                timeout=timedelta(minutes=10),
+                timeout=timedelta(minutes=2),
             )
             # From now on they wait for each other without a limit, as an evaluation may take long.
             self.group = dist.new_group(backend=backend, timeout=timedelta(days=365))
@@ -428,8 +430,9 @@ class Processes:
         """Sum up the parameters' gradients over the processes, in place, and return the sums of
         some more numbers (n,).
 
-        All of it goes in one buffer. Which parameters have a gradient differs: where no segment was
-        written, those of the write have none. So the buffer also counts, for each parameter, the
+        All of it goes in one buffer. Which parameters have a gradient differs between processes: a
+        batch of documents of one segment never writes to the memory, so that the weights of the
+        write have none. So the buffer also counts, for each parameter, the
         processes that have one. A parameter that has a gradient nowhere keeps None, so that the
         optimiser passes over it, as it does where one process trains alone."""
         if self.group is None:
@@ -440,7 +443,11 @@ class Processes:
             has_gradient.append(float(p.grad is not None))
             piece = torch.zeros_like(p) if p.grad is None else p.grad
             pieces.append(piece.flatten())
-        counts = torch.tensor(has_gradient, device=numbers.device)
+        if numbers.is_cuda:
+            # There all of them have one. A copy from the CPU would wait for the device.
+            counts = torch.ones(len(parameters), device=numbers.device)
+        else:
+            counts = torch.tensor(has_gradient)
         buffer = torch.cat([*pieces, counts, numbers])
         with lost_is_raised():
             dist.all_reduce(buffer, group=self.group)
@@ -460,7 +467,7 @@ def lost_is_raised() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ProcessLost(str(error).splitlines()[0][:100]) from error
+        raise ProcessLost(" ".join(str(error).split())[:300]) from error
 
 
 def choose_processes(cfg: TrainConfig) -> Processes:
@@ -491,26 +498,32 @@ def processes_of_torchrun(cfg: TrainConfig) -> Processes:
         )
     if cfg.processes is not None:
         raise ValueError(f"--processes {cfg.processes}: torchrun has {n}, leave that flag out")
-    threads = cfg.threads or torch.get_num_threads()
+    n_here = int(os.environ["LOCAL_WORLD_SIZE"])
+    if cfg.threads:
+        train_threads = max(1, cfg.threads // n_here)
+    else:
+        train_threads = torch.get_num_threads()
     return Processes(
         rank=int(os.environ["RANK"]),
         n=n,
-        train_threads=threads,
-        eval_threads=threads * int(os.environ["LOCAL_WORLD_SIZE"]),
+        train_threads=train_threads,
+        eval_threads=train_threads * n_here,
         local_rank=int(os.environ["LOCAL_RANK"]),
     )
 
 
-def help_to_train(rank: int, processes: Processes, meet_at: str, argv: list[str]) -> None:
+def help_to_train(rank: int, processes: Processes, meet_at: str, flags: Flags) -> None:
     """The life of a process of a rank above 0 that `python train.py` has started."""
+    # First of all: a fork has no copies of its parent's threads and would wait for them forever.
+    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process
     processes.rank = rank
     with one_line("train.py", is_silent=True):
-        run(read_flags(argv), processes, meet_at)
+        run(flags, processes, meet_at)
 
 
 @contextlib.contextmanager
-def helpers_started(processes: Processes, argv: list[str]) -> Iterator[str | None]:
+def helpers_started(processes: Processes, flags: Flags) -> Iterator[str | None]:
     """Within it the other processes of this machine run. Yields the address at which they meet.
 
     If one of them ends too soon, this process does so, too: with a line, or silently if the other
@@ -526,7 +539,7 @@ def helpers_started(processes: Processes, argv: list[str]) -> Iterator[str | Non
         meet_at = f"file://{folder}/processes"
         try:
             for rank in range(1, processes.n):
-                arguments = (rank, processes, meet_at, argv)
+                arguments = (rank, processes, meet_at, flags)
                 helper = context.Process(target=help_to_train, args=arguments)
                 helper.start()
                 helpers.append(helper)
@@ -551,8 +564,8 @@ def helpers_started(processes: Processes, argv: list[str]) -> Iterator[str | Non
 
 
 def learning_rate(cfg: TrainConfig, step: int, share_done: float) -> float:
-    """Of a step (from 0) when a share of the run lies behind: it rises over the warm-up, stays, and
-    falls to 0 over the last part of the run."""
+    """The learning rate of a step (counted from 0) when a share of the run is done. It rises over
+    the warm-up, stays, and falls to 0 over the last part of the run."""
     warmed_up = min(1.0, (step + 1) / max(1, WARMUP_STEPS))
     share_left = max(0.0, 1.0 - share_done)
     not_decayed = min(1.0, share_left / cfg.decay)
@@ -700,14 +713,15 @@ def train(
         if cfg.graphs:
             micro_step = CudaGraphs(micro_step)
 
-    bar = tqdm(
-        total=None if cfg.total_minutes else cfg.tokens,
-        initial=progress.tokens,
-        unit="tok",
-        unit_scale=True,
-        smoothing=0.05,
-        disable=None if processes.is_first else True,
-    )
+    if processes.is_first:
+        bar = tqdm(
+            total=None if cfg.total_minutes else cfg.tokens,
+            initial=progress.tokens,
+            unit="tok",
+            unit_scale=True,
+            smoothing=0.05,
+            disable=None,
+        )
     pending = []  # of each step since the last line of the log: its numbers, still on the device
     rates = []  # tokens per second of each line
     n_validations = progress.tokens // cfg.eval_every  # that were due so far
@@ -722,7 +736,8 @@ def train(
     is_over = is_last
 
     while True:
-        # The first process decides by its clock and by Ctrl-C. The others do as it says.
+        # The first process has decided what comes next, by its clock and by Ctrl-C, at the end of
+        # its last step. Here it tells the others.
         lr = learning_rate(cfg, progress.step, progress.share_done(cfg))
         lr, stage_number, is_over = processes.told_by_first(lr, curriculum.number, is_over)
         if is_over:
@@ -739,7 +754,7 @@ def train(
         n_tokens = 0
         for _ in range(cfg.accumulate // processes.n):
             batch = next(batches).to(device)
-            n_tokens += batch.idx.numel()
+            n_tokens += batch.idx.numel()  # without what is added for a GPU
             if is_cuda:
                 batch = with_fewer_shapes(batch, stage)
             S = length_of_segments(batch, stage, cfg, model_segment_len)
@@ -753,11 +768,11 @@ def train(
         progress.step += 1
         progress.tokens += n_tokens
         curriculum.steps += 1
-        bar.update(n_tokens)
         if not processes.is_first:
             continue
+        bar.update(n_tokens)
 
-        # What is due? The last step is logged and saved like any other.
+        # What is due? The last step of a call is always logged and saved.
         loss, n_right, n_words = numbers
         pending.append((batch.is_longest, torch.stack([norm, loss, n_right / n_words])))
         progress.seconds = seconds_now()
@@ -820,12 +835,13 @@ def train(
             percents = [f"{name} {100 * share:.0f} %" for name, share in shares.items()]
             say(progress, f"validation {', '.join(percents)}")
         if not pending:
-            rate_since = (seconds_now(), progress.tokens)  # without the evaluation
+            # After a line the clock starts anew, so that saving and evaluating do not count.
+            rate_since = (seconds_now(), progress.tokens)
 
-    bar.close()
     batches.close()
     if not processes.is_first:
         return
+    bar.close()
     if interrupts and not is_last:
         raise KeyboardInterrupt
     rate = f" ({statistics.median(rates):,.0f} tokens/s)" if rates else ""
@@ -947,7 +963,9 @@ def describe(
     if processes.n > 1:
         shared_by = f"{processes.n} processes of {shared_by}"
     prose = cfg.background or "Python's documentation"
-    end = f"{cfg.tokens / 1e6:,.1f} M tokens, or {cfg.final_tokens / 1e6:,.1f} M in the last stage"
+    end = f"{cfg.tokens / 1e6:,.1f} M tokens"
+    if cfg.final_tokens < cfg.tokens:
+        end += f", or {cfg.final_tokens / 1e6:,.1f} M in the last stage"
     if cfg.total_minutes is not None:
         end = f"{cfg.total_minutes:g} minutes, or {end}"
     rows = [
@@ -994,8 +1012,8 @@ def run(flags: Flags, processes: Processes, meet_at: str | None) -> None:
             except ProcessLost:
                 raise  # the first process tells it
             except (ValueError, OSError) as error:
-                print(f"train.py: process {processes.rank}: {error}", file=sys.stderr)
-                raise SystemExit(HAS_TOLD) from None
+                print(f"train.py: process {processes.rank}: {error}", file=sys.stderr, flush=True)
+                os._exit(HAS_TOLD)  # at once: to leave in order could wait for the others
             return
 
         print(describe(cfg, model, train_set, val_set, device, processes), flush=True)
@@ -1008,12 +1026,17 @@ def run(flags: Flags, processes: Processes, meet_at: str | None) -> None:
             JsonLines(folder / "metrics.jsonl", first_step) as log,
         ):
             train(*arguments, log, interrupts)
+        processes.leave()  # the others have ended
         modes = ("on",) if model.cfg.kind == "llama" else ("on", "off")
         work = [(task, length, cfg.table_n) for task in cfg.tasks for length in cfg.lengths]
         threads = processes.eval_threads
         rows = ask(model, tokenizer, val_set, work, 0, modes, threads, show=True)
         save(rows, folder / "table.jsonl")
         print(table(cells(rows)))
+    except ProcessLost:
+        if torch.cuda.is_initialized():
+            processes.group = None  # to leave it in order would wait for the lost process
+        raise
     finally:
         processes.leave()
         torch.set_num_threads(threads_before)
@@ -1027,7 +1050,7 @@ def main(argv: list[str] | None = None) -> None:
         with one_line("train.py"):
             flags = read_flags(argv)
             processes = choose_processes(flags.cfg)
-            with helpers_started(processes, argv) as meet_at:
+            with helpers_started(processes, flags) as meet_at:
                 run(flags, processes, meet_at)
         return
     # torchrun has started this process and the others.
