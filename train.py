@@ -432,22 +432,20 @@ class Processes:
 
         All of it goes in one buffer. Which parameters have a gradient differs between processes: a
         batch of documents of one segment never writes to the memory, so that the weights of the
-        write have none. So the buffer also counts, for each parameter, the
-        processes that have one. A parameter that has a gradient nowhere keeps None, so that the
-        optimiser passes over it, as it does where one process trains alone."""
+        write have none. So the buffer also counts, for each parameter, the processes that have one.
+        A parameter that has a gradient nowhere keeps None, so that the optimiser passes over it, as
+        it does where one process trains alone."""
         if self.group is None:
             return numbers
-        has_gradient = []
         pieces = []
         for p in parameters:
-            has_gradient.append(float(p.grad is not None))
             piece = torch.zeros_like(p) if p.grad is None else p.grad
             pieces.append(piece.flatten())
         if numbers.is_cuda:
             # There all of them have one. A copy from the CPU would wait for the device.
             counts = torch.ones(len(parameters), device=numbers.device)
         else:
-            counts = torch.tensor(has_gradient)
+            counts = torch.tensor([float(p.grad is not None) for p in parameters])
         buffer = torch.cat([*pieces, counts, numbers])
         with lost_is_raised():
             dist.all_reduce(buffer, group=self.group)
@@ -551,7 +549,7 @@ def helpers_started(processes: Processes, flags: Flags) -> Iterator[str | None]:
                 helper.join()
                 codes.append(helper.exitcode)
             if HAS_TOLD in codes:
-                raise SystemExit(2) from None
+                raise SystemExit(HAS_TOLD) from None
             raise ProcessLost(f"exit code {' '.join(map(str, codes))}") from None
         finally:
             for helper in helpers:
@@ -566,7 +564,7 @@ def helpers_started(processes: Processes, flags: Flags) -> Iterator[str | None]:
 def learning_rate(cfg: TrainConfig, step: int, share_done: float) -> float:
     """The learning rate of a step (counted from 0) when a share of the run is done. It rises over
     the warm-up, stays, and falls to 0 over the last part of the run."""
-    warmed_up = min(1.0, (step + 1) / max(1, WARMUP_STEPS))
+    warmed_up = min(1.0, (step + 1) / WARMUP_STEPS)
     share_left = max(0.0, 1.0 - share_done)
     not_decayed = min(1.0, share_left / cfg.decay)
     return cfg.lr * warmed_up * not_decayed
@@ -598,6 +596,26 @@ def optimizer_groups(model: LM2 | RMT) -> list[dict]:
         dict(params=matrices, weight_decay=WEIGHT_DECAY),
         dict(params=others, weight_decay=0.0),
     ]
+
+
+def make_lessons(cfg: TrainConfig, train_set: Builder) -> Lessons:
+    """All batches of a run with these settings."""
+    return Lessons(
+        train_set,
+        cfg.tasks,
+        cfg.batch_size,
+        cfg.batch_tokens,
+        cfg.plain,
+        cfg.asides,
+        cfg.seed,
+        cfg.accumulate,
+        cfg.usual,
+    )
+
+
+def is_bfloat16(cfg: TrainConfig, device: torch.device) -> bool:
+    """Whether products are made in bfloat16: where the flag is not given, on a GPU alone."""
+    return device.type == "cuda" if cfg.bfloat16 is None else cfg.bfloat16
 
 
 def length_of_segments(batch: Batch, stage: Stage, cfg: TrainConfig, longest: int) -> int:
@@ -675,20 +693,9 @@ def train(
     workers = cfg.workers
     if workers is None:
         workers = 4 if is_cuda else 0
-    lessons = Lessons(
-        train_set,
-        cfg.tasks,
-        cfg.batch_size,
-        cfg.batch_tokens,
-        cfg.plain,
-        cfg.asides,
-        cfg.seed,
-        cfg.accumulate,
-        cfg.usual,
-    )
     # Of the micro-batches of a step, which are numbered on and on, each process takes every n-th.
     batches = Batches(
-        lessons,
+        make_lessons(cfg, train_set),
         curriculum.stage,
         number=progress.step * cfg.accumulate + processes.rank,
         stride=processes.n,
@@ -696,11 +703,13 @@ def train(
         pin=is_cuda,
     )
 
+    use_autocast = is_cuda and is_bfloat16(cfg, device)  # on a CPU the layers do it themselves
+
     def micro_step(S: int, idx: Tensor, at: Tensor, targets: Tensor, is_word: Tensor) -> Tensor:
         """Add the gradient of one micro-batch to the parameters'. Returns three numbers (3,), and
         does not wait for the device: its share of the step's loss, how many of its answers' words
         are right, and how many there are."""
-        with torch.autocast("cuda", torch.bfloat16, enabled=is_cuda and cfg.bfloat16 is not False):
+        with torch.autocast("cuda", torch.bfloat16, enabled=use_autocast):
             logits, loss, _ = model(idx, targets, at=at, segment_len=S)
         loss = loss / cfg.accumulate
         loss.backward()
@@ -722,7 +731,9 @@ def train(
             smoothing=0.05,
             disable=None,
         )
-    pending = []  # of each step since the last line of the log: its numbers, still on the device
+    # Of each step since the last line of the log: whether its documents were the stage's longest,
+    # and its numbers (3,), which still lie on the device: norm, loss, accuracy.
+    pending = []
     rates = []  # tokens per second of each line
     n_validations = progress.tokens // cfg.eval_every  # that were due so far
     seconds_before = progress.seconds
@@ -785,17 +796,30 @@ def train(
 
         # Log
         if is_line_due or is_validation_due or is_over:
-            line = fetch(pending, progress.step, curriculum)
+            rows = fetch(pending, progress.step)
+            for (is_longest, _), (_, _, accuracy) in zip(pending, rows, strict=True):
+                if is_longest:
+                    curriculum.recent.append(accuracy)
             pending.clear()
+            norm, _, accuracy = rows[-1]
+            mean_loss = sum(loss for _, loss, _ in rows) / len(rows)
             progress.seconds = seconds_now()
             since_seconds, since_tokens = rate_since
             rate = (progress.tokens - since_tokens) / (progress.seconds - since_seconds)
             rates.append(rate)
-            line.update(stage=curriculum.number, lr=lr, tokens_per_second=round(rate))
-            write_line(log, progress, **line)
+            write_line(
+                log,
+                progress,
+                loss=round(mean_loss, 6),
+                accuracy=round(accuracy, 6),
+                grad_norm=round(norm, 6),
+                stage=curriculum.number,
+                lr=lr,
+                tokens_per_second=round(rate),
+            )
             bar.set_postfix(
-                loss=f"{line['loss']:.3f}",
-                acc=f"{line['accuracy']:.2f}",
+                loss=f"{mean_loss:.3f}",
+                acc=f"{accuracy:.2f}",
                 lr=f"{lr:.1e}",
                 stage=f"{curriculum.number + 1}/{len(stages)}",
             )
@@ -852,29 +876,18 @@ def train(
     )
 
 
-def fetch(pending: list[tuple[bool, Tensor]], step: int, curriculum: Curriculum) -> dict:
-    """The numbers of the steps since the last line of the log, the latest of which is `step`: the
-    mean loss, and the last step's accuracy and norm of the gradient. The curriculum is given the
-    accuracies of steps with the longest documents.
+def fetch(pending: list[tuple[bool, Tensor]], step: int) -> list[list[float]]:
+    """The norm, the loss and the accuracy of each pending step, the latest of which is `step`.
 
     This waits for the device. ValueError for a gradient that is not finite, so that no weights are
-    saved that it has spoiled.
-
-    pending  of each step: whether its documents were the longest, and (3,) norm, loss, accuracy"""
+    saved that it has spoiled."""
     rows = torch.stack([numbers for _, numbers in pending]).tolist()
-    losses = []
-    first = step - len(pending)
-    for i, (norm, loss, accuracy) in enumerate(rows):
+    for number, (norm, _, _) in enumerate(rows, step - len(rows)):
         if not math.isfinite(norm):
             raise ValueError(
-                f"the gradient is {norm} at step {first + i}: train anew with a lower --lr"
+                f"the gradient is {norm} at step {number}: train anew with a lower --lr"
             )
-        losses.append(loss)
-        is_longest, _ = pending[i]
-        if is_longest:
-            curriculum.recent.append(accuracy)
-    mean_loss = sum(losses) / len(losses)
-    return dict(loss=round(mean_loss, 6), accuracy=round(accuracy, 6), grad_norm=round(norm, 6))
+    return rows
 
 
 def write_line(log: JsonLines, progress: Progress, **values) -> None:
@@ -914,7 +927,7 @@ def make_model(flags: Flags, device: torch.device) -> tuple[LM2 | RMT, Tokenizer
         model = build_model(LM2Config(**flags.sizes | dict(vocab_size=tokenizer.n_vocab)))
     model.to(device)
     model.recompute = cfg.recompute
-    if device.type == "cpu" and cfg.bfloat16:
+    if device.type == "cpu" and is_bfloat16(cfg, device):
         bfloat16_layers(model)
     if cfg.compile:
         compile_blocks(model, dynamic=True if device.type == "cuda" else None)
@@ -957,8 +970,7 @@ def describe(
         why = "found"
     else:
         why = "no CUDA device here"
-    is_bfloat16 = device.type == "cuda" if cfg.bfloat16 is None else cfg.bfloat16
-    number_type = "bfloat16" if is_bfloat16 else "float32"
+    number_type = "bfloat16" if is_bfloat16(cfg, device) else "float32"
     shared_by = f"{processes.train_threads} threads" if processes.train_threads > 1 else "1 thread"
     if processes.n > 1:
         shared_by = f"{processes.n} processes of {shared_by}"

@@ -165,7 +165,7 @@ class Builder:
                 places.append(len(sentences))
             sentences.append(what)
             used = gap
-        return join(sentences + noise[used:], places, texts, questions, lambda text: self.encode(text)[0],
+        return join(sentences + noise[used:], places, texts, questions, self.ids,
                     self.tokenizer.eot)
 
     def sample(self, task: str, length: int, rng: random.Random, tries: int = 1000) -> Document:

@@ -54,7 +54,7 @@ from data.device import (  # noqa: E402
     pick_device,
 )
 from data.document import length_name  # noqa: E402
-from data.lessons import Batch, Lessons, Stage, parse_stage  # noqa: E402
+from data.lessons import Batch, Stage, parse_stage  # noqa: E402
 from data.recipes import PRESETS  # noqa: E402
 from data.tokenizer import load  # noqa: E402
 from lm2 import LM2, LM2Config  # noqa: E402
@@ -616,16 +616,7 @@ def batches(setup: Setup) -> dict:
     builder = Builder(load(), "train")
     sizes = PRESETS[c.preset] | dict(vocab_size=builder.tokenizer.n_vocab)
     model = LM2(LM2Config(**sizes)).to(setup.device)
-    lessons = Lessons(
-        builder,
-        c.tasks,
-        c.batch_size,
-        c.batch_tokens,
-        c.plain,
-        c.asides,
-        c.seed,
-        c.accumulate,
-    )
+    lessons = train.make_lessons(c, builder)
     numbers = itertools.count()
     batches_a_round = 1 if setup.quick else 4
 

@@ -271,18 +271,7 @@ def test_a_checkpoint_gives_back_weights_sizes_settings_and_tokenizer(trained):
 def first_batches(folder, out, n):
     """The first micro-batches of the run in a folder, and how long its segments are in each."""
     cfg = train.TrainConfig(**content(out, "train")["train"])
-    builder = Builder(load(), "train", str(folder))
-    lessons = Lessons(
-        builder,
-        cfg.tasks,
-        cfg.batch_size,
-        cfg.batch_tokens,
-        cfg.plain,
-        cfg.asides,
-        cfg.seed,
-        cfg.accumulate,
-        cfg.usual,
-    )
+    lessons = train.make_lessons(cfg, Builder(load(), "train", str(folder)))
     (stage,) = parse_stages(cfg.stages, 64, cfg.tasks, whole=False)
     found = []
     for number in range(n):
@@ -801,6 +790,17 @@ def test_the_other_processes_end_when_the_first_one_is_killed(folder, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert first.stderr.read() == ""
+
+
+def test_a_run_of_two_processes_that_each_load_a_checkpoint_goes_on(folder, tmp_path):
+    """On a true command line, with PyTorch's own number of threads. Large tensors are copied by
+    several threads, which a fork does not have."""
+    where = ["--background", str(folder), "--out_dir", str(tmp_path)]
+    flags = "--tokens 1 --stages 2:0 --table_lengths 0k --table_n 1 --accumulate 2 --device cpu"
+    for argv in ([*flags.split(), *where], ["--resume", "--out_dir", str(tmp_path)]):
+        command = [sys.executable, str(ROOT / "train.py"), *argv, "--processes", "2"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def wait_for_steps(out, process):
