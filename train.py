@@ -69,7 +69,9 @@ BETAS = (0.9, 0.98)  # of AdamW
 WEIGHT_DECAY = 0.1  # of matrices
 CLIP = 1.0  # longest gradient, as a norm over all parameters
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl; stages end at these steps alone
-LEAVE_WINDOW = 16  # steps over which the accuracy is taken that ends a stage
+VALIDATION_SEED = -1  # of the questions of validations
+TABLE_SEED = 0  # of those of the table, as in babilong_eval.py
+LEAVE_WINDOW = 16  # steps on the longest documents, whose accuracy ends a stage
 
 
 @dataclass(frozen=True)
@@ -77,19 +79,25 @@ class TrainConfig:
     """All settings of a run but the sizes of its model. Each is a flag of the same name."""
 
     # What is trained, and for how long
-    preset: str = flag("cpu", "The sizes of the model, by a name of data/recipes.py.")
-    recipe: str = flag("qa1", "The settings of the run, by a name of data/recipes.py.")
-    init: str | None = flag(None, "A checkpoint to take weights, sizes and recipe from.")
+    preset: str = flag("cpu", f"The name of a set of model sizes: {', '.join(PRESETS)}.")
+    recipe: str = flag("qa1", f"The name of a set of training settings: {', '.join(RECIPES)}.")
+    init: str | None = flag(
+        None, "A checkpoint to start from. The weights, the sizes and the recipe are taken from it."
+    )
     out_dir: str = flag("out", "The folder for the checkpoint, the log and the table.")
-    tokens: int = flag(16_000_000, "The run ends after so many tokens, padding included.")
+    tokens: int = flag(16_000_000, "The run ends after this many tokens, padding included.")
     final_tokens: int = flag(
-        1_500_000, "The run ends after so many tokens in its last stage, if that is sooner."
+        1_500_000, "The run ends after this many tokens in its last stage, if that is sooner."
     )
     total_minutes: float | None = flag(
-        None, "The run ends after so many minutes, those before --resume included."
+        None,
+        "The whole run ends after this many minutes, counted over all its calls. The learning rate "
+        "falls to 0 by then.",
     )
     minutes: float | None = flag(
-        None, "Stop after so many minutes, save and evaluate. --resume goes on."
+        None,
+        "This call stops after this many minutes, saves and evaluates. The run is not over: "
+        "--resume goes on with it.",
     )
     seed: int = flag(0, "The seed of the initial weights and of the data.")
 
@@ -97,8 +105,9 @@ class TrainConfig:
     tasks: tuple[str, ...] = flag(("qa1",), "The bAbI tasks to train on and to evaluate.")
     stages: tuple[str, ...] = flag(
         QA1["stages"],
-        "The curriculum, as facts:segments[:tokens of a segment][@task,task]. A stage of 0 "
-        "segments has no prose.",
+        "The curriculum, from easy to hard. Each stage is facts:segments[:tokens][@task,task]: the "
+        "most facts in a document, the most segments, the tokens of a segment and the tasks. A "
+        "stage of 0 segments has facts without prose.",
     )
     background: str | None = flag(
         None, "A folder of .txt files to hide facts in. Without it, Python's documentation is used."
@@ -106,51 +115,77 @@ class TrainConfig:
     stories: str | None = flag(
         None, "A folder of original bAbI files. Without it, stories are generated."
     )
-    plain: float = flag(0.1, "The share of batches without prose in stages with prose.")
+    plain: float = flag(0.1, "This share of the batches has no prose, in stages that have prose.")
     asides: int = flag(
-        3, "Some documents ask questions at up to this many places before their end, too."
+        3, "A training document may ask questions before its end, at up to this many places."
     )
-    usual: float = flag(0.9, "The most facts of a story, as a quantile over bAbI's own questions.")
-    whole: bool = flag(False, "Read each document as one segment: full attention.")
+    usual: float = flag(
+        0.9,
+        "A training story has at most as many facts as are enough for this share of bAbI's "
+        "own questions.",
+    )
+    whole: bool = flag(
+        False, "Each document is read as one segment, so that attention sees all of it."
+    )
 
     # When a stage ends
-    leave_at: float = flag(0.9, "A stage ends at this share of right answers.")
-    leave_plain_at: float = flag(0.95, "A stage without prose ends at this share.")
-    stage_steps: int = flag(1500, "A stage ends after so many steps in any case.")
+    leave_at: float = flag(
+        0.9, "A stage with prose ends when this share of the latest answers is right."
+    )
+    leave_plain_at: float = flag(
+        0.95, "A stage without prose ends when this share of the latest answers is right."
+    )
+    stage_steps: int = flag(1500, "A stage ends after this many steps in any case.")
 
     # A step
-    batch_size: int = flag(16, "A micro-batch has at most so many documents.")
-    batch_tokens: int = flag(4096, "A micro-batch has at most so many tokens.")
-    accumulate: int = flag(2, "A step has so many micro-batches.")
-    lr: float = flag(2e-3, "The learning rate, after a warm-up.")
-    decay: float = flag(0.25, "Over this last share of the run the learning rate falls to 0.")
+    batch_size: int = flag(16, "A micro-batch has at most this many documents.")
+    batch_tokens: int = flag(4096, "A micro-batch has at most this many tokens.")
+    accumulate: int = flag(
+        2, "A step sums the gradients of this many micro-batches, over all processes together."
+    )
+    lr: float = flag(2e-3, "The learning rate after the warm-up.")
+    decay: float = flag(0.25, "The learning rate falls to 0 over this last share of the run.")
 
     # How it is computed
     device: str = flag("auto", "The device to compute on: auto, cpu or cuda.")
     processes: int | None = flag(
         None,
-        "So many processes share a step on a CPU. They must divide --accumulate. Without it, there "
-        "is one for each thread if that divides, and one process otherwise.",
+        "This many processes share each step on a CPU. The number must divide --accumulate. "
+        "By default there is one for each thread if that number divides, and one otherwise.",
     )
-    threads: int = flag(0, "The threads of all processes together. 0 leaves the choice to PyTorch.")
+    threads: int = flag(
+        0, "The number of threads of all processes together. With 0, PyTorch chooses."
+    )
     workers: int | None = flag(
-        None, "So many more processes make batches ahead. Without it, 4 do on a GPU, none on a CPU."
+        None,
+        "This many workers make batches ahead, for each training process. By default it is 4 on a "
+        "GPU and 0 on a CPU.",
     )
     bfloat16: bool | None = flag(
-        None, "Multiply in bfloat16. Without it, a GPU does. A CPU needs AMX to gain from it."
+        None,
+        "Matrices are multiplied in bfloat16. By default a GPU does so and a CPU does not, as only "
+        "a CPU with AMX gains from it.",
     )
-    compile: bool = flag(False, "Compile the model, which takes minutes and makes it faster.")
-    graphs: bool = flag(True, "Record micro-batches as CUDA graphs, on a GPU.")
-    recompute: bool = flag(False, "Save memory by computing activations twice.")
+    compile: bool = flag(
+        False, "The model is compiled, which takes minutes and makes each step faster."
+    )
+    graphs: bool = flag(
+        True, "A GPU runs each micro-batch as a CUDA graph. This saves time in small models."
+    )
+    recompute: bool = flag(
+        False, "Activations are computed again for the gradient, which saves memory and takes time."
+    )
 
     # Evaluation
-    eval_every: int = flag(4_000_000, "Save and validate every so many tokens.")
-    eval_n: int = flag(32, "A validation asks so many questions of each task and length.")
+    eval_every: int = flag(
+        4_000_000, "The run saves its checkpoint and validates each time after this many tokens."
+    )
+    eval_n: int = flag(32, "A validation asks this many questions of each task and length.")
     table_lengths: tuple[str, ...] = flag(
         ("0k", "1k", "2k", "4k", "8k", "16k"),
         "The lengths in the table at the end, in tokens of facts and prose.",
     )
-    table_n: int = flag(200, "The table asks so many questions of each task and length.")
+    table_n: int = flag(200, "The table asks this many questions of each task and length.")
 
     def __post_init__(self):
         self.check("tokens", 1, math.inf)
@@ -241,11 +276,13 @@ MAY_CHANGE = (
 
 
 def settings_of(recipe: str | None, preset: str | None, sizes: dict) -> dict:
-    """The settings that a recipe makes for the kind of model that the preset and the sizes
-    describe. ValueError for an unknown name.
+    """The settings of a recipe. ValueError for an unknown name.
 
-    Where one of the two names is None, it follows from the other: a preset has the recipe that it
-    is made for, a recipe the preset that it is made with."""
+    A recipe has one set of settings for each kind of model: LM2, RMT, window Llama, Llama with full
+    attention. The sizes decide which kind it is: those of the preset, and `sizes` in their place.
+
+    recipe  None takes the recipe that data/recipes.py names for the preset
+    preset  None takes the preset that the recipe names for LM2"""
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"--preset {preset!r} is unknown: choose from {', '.join(PRESETS)}")
     if recipe is None:
@@ -371,8 +408,8 @@ class ProcessLost(ValueError):
 class Processes:
     """Those that train together, as one of them sees them.
 
-    Each takes its share of a step's micro-batches, and their gradients are summed. Apart from that
-    all do the same, so that their weights stay equal. The first one, of rank 0, decides how the run
+    Each takes its share of a step's micro-batches. Then their gradients are summed, and all make
+    the same update, so that their weights stay equal. The first one, of rank 0, decides how the run
     goes on, and it alone logs, saves and evaluates."""
 
     rank: int = 0  # of this process
@@ -442,7 +479,8 @@ class Processes:
             piece = torch.zeros_like(p) if p.grad is None else p.grad
             pieces.append(piece.flatten())
         if numbers.is_cuda:
-            # There all of them have one. A copy from the CPU would wait for the device.
+            # On a GPU all parameters have a gradient. The counts are made there, since a copy from
+            # the CPU would wait for it.
             counts = torch.ones(len(parameters), device=numbers.device)
         else:
             counts = torch.tensor([float(p.grad is not None) for p in parameters])
@@ -452,7 +490,7 @@ class Processes:
         sizes = [p.numel() for p in parameters]
         *totals, counts, numbers = buffer.split([*sizes, len(parameters), len(numbers)])
         for p, total, count in zip(parameters, totals, counts, strict=True):
-            if p.grad is not None:
+            if p.is_cuda:
                 p.grad.copy_(total.view_as(p))
             elif count > 0:
                 p.grad = total.view_as(p)
@@ -510,11 +548,10 @@ def processes_of_torchrun(cfg: TrainConfig) -> Processes:
     )
 
 
-def help_to_train(rank: int, processes: Processes, meet_at: str, flags: Flags) -> None:
+def help_to_train(rank: int, processes: Processes, meet_at: str, flags: Flags, has_begun) -> None:
     """The life of a process of a rank above 0 that `python train.py` has started."""
-    # First of all: a fork has no copies of its parent's threads and would wait for them forever.
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process
+    has_begun.release()
+    keep_freed_memory()
     processes.rank = rank
     with one_line("train.py", is_silent=True):
         run(flags, processes, meet_at)
@@ -529,18 +566,25 @@ def helpers_started(processes: Processes, flags: Flags) -> Iterator[str | None]:
     if processes.n == 1:
         yield None
         return
-    # A fork is quick, and the copy has all classes that an experiment has put in place.
-    method = "fork" if sys.platform == "linux" else "spawn"
-    context = multiprocessing.get_context(method)
+    # A fork would be quicker, but a copy of a process that has computed with several threads hangs.
+    context = multiprocessing.get_context("spawn")
+    has_begun = context.Semaphore(0)
     helpers = []
     with tempfile.TemporaryDirectory(prefix="lm2-", ignore_cleanup_errors=True) as folder:
         meet_at = f"file://{folder}/processes"
         try:
+            # They ignore Ctrl-C from their start on, which is for the first process.
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
             for rank in range(1, processes.n):
-                arguments = (rank, processes, meet_at, flags)
+                arguments = (rank, processes, meet_at, flags, has_begun)
                 helper = context.Process(target=help_to_train, args=arguments)
                 helper.start()
                 helpers.append(helper)
+            signal.signal(signal.SIGINT, before)
+            for _ in helpers:
+                while not has_begun.acquire(timeout=0.1):
+                    if not all(helper.is_alive() for helper in helpers):
+                        raise ProcessLost("at its start")
             yield meet_at
         except ProcessLost:
             codes = []
@@ -619,8 +663,9 @@ def is_bfloat16(cfg: TrainConfig, device: torch.device) -> bool:
 
 
 def length_of_segments(batch: Batch, stage: Stage, cfg: TrainConfig, longest: int) -> int:
-    """The length of the segments that a batch is read in. A document that is shorter than a segment
-    is one segment. ValueError if one is longer than the model's longest."""
+    """The length of the segments that a batch is read in: the stage's, or the batch's own length if
+    that is shorter. With --whole it is always the batch's own. ValueError if that is longer than
+    the model's longest."""
     n_tokens = batch.idx.shape[1]
     if cfg.whole and n_tokens > longest:
         raise ValueError(
@@ -661,6 +706,117 @@ def ask(
     return rows
 
 
+def validate(
+    cfg: TrainConfig, model: LM2 | RMT, tokenizer: Tokenizer, val_set: Builder, threads: int
+) -> dict[str, float]:
+    """The share of right answers at each task and each length of the table up to 4k."""
+    short = [length for length in cfg.lengths if length <= 4000] or cfg.lengths[:1]
+    work = [(task, length, cfg.eval_n) for task in cfg.tasks for length in short]
+    shares = {}
+    for cell in cells(ask(model, tokenizer, val_set, work, VALIDATION_SEED, ("on",), threads)):
+        name = f"{cell['task']} {length_name(cell['length'])}"
+        shares[name] = round(cell["exact"] / cell["n"], 4)
+    return shares
+
+
+class Record:
+    """What the first process tells of a run while it trains: a bar, lines of metrics.jsonl, and
+    lines for people."""
+
+    def __init__(self, cfg: TrainConfig, log: JsonLines, progress: Progress, n_stages: int):
+        self.log = log
+        self.progress = progress
+        self.n_stages = n_stages
+        self.bar = tqdm(
+            total=None if cfg.total_minutes else cfg.tokens,
+            initial=progress.tokens,
+            unit="tok",
+            unit_scale=True,
+            smoothing=0.05,
+            disable=None,
+        )
+        # Of each step since the last line: whether its documents were the stage's longest, and
+        # its numbers (3,), which still lie on the device: norm, loss, accuracy.
+        self.pending = []
+        self.rates = []  # tokens per second of each line
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Count the tokens per second of the next line from here."""
+        self.since = (time.perf_counter(), self.progress.tokens)
+
+    def add_step(self, n_tokens: int, is_longest: bool, norm: Tensor, numbers: Tensor) -> None:
+        """Note a step, without waiting for the device."""
+        self.bar.update(n_tokens)
+        loss, n_right, n_words = numbers
+        self.pending.append((is_longest, torch.stack([norm, loss, n_right / n_words])))
+
+    def write_line(self, curriculum: Curriculum, lr: float) -> list[float]:
+        """Log the steps since the last line. Returns the accuracies of those on the stage's longest
+        documents, which decide when the stage ends.
+
+        ValueError for a gradient that is not finite, so that no weights are saved that it has
+        spoiled."""
+        rows = fetch([numbers for _, numbers in self.pending])
+        accuracies = []
+        for (is_longest, _), (_, _, accuracy) in zip(self.pending, rows, strict=True):
+            if is_longest:
+                accuracies.append(accuracy)
+        self.pending.clear()
+        for step, (norm, _, _) in enumerate(rows, self.progress.step - len(rows) + 1):
+            if not math.isfinite(norm):
+                raise ValueError(
+                    f"the gradient is {norm} at step {step}: train anew with a lower --lr"
+                )
+        norm, _, accuracy = rows[-1]
+        mean_loss = sum(loss for _, loss, _ in rows) / len(rows)
+        seconds, tokens = self.since
+        rate = (self.progress.tokens - tokens) / (time.perf_counter() - seconds)
+        self.rates.append(rate)
+        self.write(
+            loss=round(mean_loss, 6),
+            accuracy=round(accuracy, 6),
+            grad_norm=round(norm, 6),
+            stage=curriculum.number,
+            lr=lr,
+            tokens_per_second=round(rate),
+        )
+        self.bar.set_postfix(
+            loss=f"{mean_loss:.3f}",
+            acc=f"{accuracy:.2f}",
+            lr=f"{lr:.1e}",
+            stage=f"{curriculum.number + 1}/{self.n_stages}",
+        )
+        self.restart_clock()
+        return accuracies
+
+    def write(self, **values) -> None:
+        """A line of metrics.jsonl, with where the run stands."""
+        now = self.progress
+        self.log.write(step=now.step, tokens=now.tokens, seconds=round(now.seconds, 1), **values)
+
+    def say(self, message: str) -> None:
+        """A line for people, with where the run stands."""
+        now = self.progress
+        tqdm.write(f"{now.seconds:5.0f} s, {now.tokens / 1e6:4.1f} M tokens: {message}")
+
+    def close(self, path: Path) -> None:
+        """End the bar, and tell what was trained. path  of the checkpoint"""
+        self.bar.close()
+        now = self.progress
+        rate = f" ({statistics.median(self.rates):,.0f} tokens/s)" if self.rates else ""
+        print(
+            f"trained {now.tokens / 1e6:.1f} M tokens in {now.step} steps and "
+            f"{now.seconds / 60:.1f} minutes{rate}; the checkpoint is {path}",
+            flush=True,
+        )
+
+
+def fetch(numbers: list[Tensor]) -> list[list[float]]:
+    """The numbers of some steps, from the device. This waits for it."""
+    return torch.stack(numbers).tolist()
+
+
 def train(
     cfg: TrainConfig,
     model: LM2 | RMT,
@@ -678,10 +834,10 @@ def train(
     Raises KeyboardInterrupt after the checkpoint is written if Ctrl-C was pressed, ValueError for a
     gradient that is not finite, and ProcessLost if another process has ended."""
     is_cuda = device.type == "cuda"
-    model_segment_len = model.cfg.segment_len
+    path = Path(cfg.out_dir, "ckpt.pt")
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(optimizer_groups(model), lr=cfg.lr, betas=BETAS, fused=True)
-    stages = parse_stages(cfg.stages, model_segment_len, cfg.tasks, cfg.whole)
+    stages = parse_stages(cfg.stages, model.cfg.segment_len, cfg.tasks, cfg.whole)
     curriculum = Curriculum(stages, cfg.leave_at, cfg.leave_plain_at, LEAVE_WINDOW, cfg.stage_steps)
     end = min(cfg.tokens, cfg.final_tokens) if curriculum.is_last else cfg.tokens
     progress = Progress(step=0, tokens=0, end=end, seconds=0.0)
@@ -693,7 +849,8 @@ def train(
     workers = cfg.workers
     if workers is None:
         workers = 4 if is_cuda else 0
-    # Of the micro-batches of a step, which are numbered on and on, each process takes every n-th.
+    # Micro-batches are numbered through the whole run. Of n processes, that of rank r takes the
+    # numbers r, r + n, r + 2 n and so on.
     batches = Batches(
         make_lessons(cfg, train_set),
         curriculum.stage,
@@ -702,140 +859,98 @@ def train(
         workers=workers,
         pin=is_cuda,
     )
-
-    use_autocast = is_cuda and is_bfloat16(cfg, device)  # on a CPU the layers do it themselves
+    autocast = is_cuda and is_bfloat16(cfg, device)  # on a CPU the layers do it themselves
 
     def micro_step(S: int, idx: Tensor, at: Tensor, targets: Tensor, is_word: Tensor) -> Tensor:
-        """Add the gradient of one micro-batch to the parameters'. Returns three numbers (3,), and
-        does not wait for the device: its share of the step's loss, how many of its answers' words
-        are right, and how many there are."""
-        with torch.autocast("cuda", torch.bfloat16, enabled=use_autocast):
+        """Add the gradient of one micro-batch, read in segments of S tokens, to the parameters'.
+
+        Returns three numbers (3,) without waiting for the device: its loss, divided by the number
+        of micro-batches; how many words of its answers are right; and how many there are."""
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             logits, loss, _ = model(idx, targets, at=at, segment_len=S)
         loss = loss / cfg.accumulate
         loss.backward()
         is_right = (logits.argmax(dim=-1) == targets) & is_word
         return torch.stack([loss.detach(), is_right.sum(), is_word.sum()])
 
+    run_micro_step = micro_step
     if is_cuda:
         for p in parameters:
-            p.grad = torch.zeros_like(p)  # a graph adds to a gradient where it lies
+            # A CUDA graph adds to a gradient where it lies. So on a GPU gradients are never None,
+            # and they stay in place: see zero_grad below and sum_gradients.
+            p.grad = torch.zeros_like(p)
         if cfg.graphs:
-            micro_step = CudaGraphs(micro_step)
+            run_micro_step = CudaGraphs(micro_step)
 
     if processes.is_first:
-        bar = tqdm(
-            total=None if cfg.total_minutes else cfg.tokens,
-            initial=progress.tokens,
-            unit="tok",
-            unit_scale=True,
-            smoothing=0.05,
-            disable=None,
-        )
-    # Of each step since the last line of the log: whether its documents were the stage's longest,
-    # and its numbers (3,), which still lie on the device: norm, loss, accuracy.
-    pending = []
-    rates = []  # tokens per second of each line
-    n_validations = progress.tokens // cfg.eval_every  # that were due so far
-    seconds_before = progress.seconds
-    began = time.perf_counter()
-
-    def seconds_now() -> float:
-        return seconds_before + time.perf_counter() - began
-
-    rate_since = (progress.seconds, progress.tokens)  # from where the next line's rate counts
-    is_last = progress.share_done(cfg) >= 1  # if a run that was at its end is resumed
-    is_over = is_last
+        record = Record(cfg, log, progress, len(stages))
+    began = time.perf_counter() - progress.seconds  # as if it had run without a break
+    stop_at = math.inf if cfg.minutes is None else progress.seconds + 60 * cfg.minutes
+    # This call is done at the end of the run or when its --minutes are spent. The loop is over then
+    # or after Ctrl-C. A run that was at its end and is resumed takes no step.
+    is_done = progress.share_done(cfg) >= 1
+    is_over = is_done
 
     while True:
-        # The first process has decided what comes next, by its clock and by Ctrl-C, at the end of
-        # its last step. Here it tells the others.
+        # The first process alone has the clock, sees Ctrl-C, and knows when a stage ends. So what
+        # the others compute here is replaced by what the first one tells.
         lr = learning_rate(cfg, progress.step, progress.share_done(cfg))
         lr, stage_number, is_over = processes.told_by_first(lr, curriculum.number, is_over)
         if is_over:
             break
         curriculum.number = int(stage_number)
         stage = curriculum.stage
-        if batches.stage != stage:
-            batches.enter(stage)
-
-        # One step: this process's micro-batches, then the sum over all processes.
+        batches.enter(stage)
         for group in optimizer.param_groups:
             group["lr"] = lr
+
+        # One step: the gradients of this process's micro-batches, their sum over all processes
         numbers = torch.zeros(3, device=device)
         n_tokens = 0
         for _ in range(cfg.accumulate // processes.n):
             batch = next(batches).to(device)
             n_tokens += batch.idx.numel()  # without what is added for a GPU
+            is_longest = batch.is_longest  # all batches of a step agree
             if is_cuda:
                 batch = with_fewer_shapes(batch, stage)
-            S = length_of_segments(batch, stage, cfg, model_segment_len)
-            numbers += micro_step(S, batch.idx, batch.at, batch.targets, batch.is_word)
+            S = length_of_segments(batch, stage, cfg, model.cfg.segment_len)
+            numbers += run_micro_step(S, batch.idx, batch.at, batch.targets, batch.is_word)
         numbers = processes.sum_gradients(parameters, numbers)
         norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=not is_cuda)
         n_tokens = processes.sum(n_tokens)
-
         progress.step += 1
         progress.tokens += n_tokens
-        curriculum.steps += 1
         if not processes.is_first:
             continue
-        bar.update(n_tokens)
 
-        # What is due? The last step of a call is always logged and saved.
-        loss, n_right, n_words = numbers
-        pending.append((batch.is_longest, torch.stack([norm, loss, n_right / n_words])))
-        progress.seconds = seconds_now()
-        is_last = progress.share_done(cfg) >= 1
-        if cfg.minutes is not None and progress.seconds - seconds_before >= 60 * cfg.minutes:
-            is_last = True
-        is_over = is_last or bool(interrupts)
-        is_validation_due = progress.tokens // cfg.eval_every > n_validations
+        # What is due at the end of this step? The last step of a call is always logged and saved.
+        record.add_step(n_tokens, is_longest, norm, numbers)
+        curriculum.steps += 1
+        progress.seconds = time.perf_counter() - began
+        is_done = progress.share_done(cfg) >= 1 or progress.seconds >= stop_at
+        is_over = is_done or bool(interrupts)
+        is_validation_due = progress.tokens // cfg.eval_every > (
+            (progress.tokens - n_tokens) // cfg.eval_every
+        )
         is_line_due = progress.step % LOG_EVERY == 0
 
-        # Log
         if is_line_due or is_validation_due or is_over:
-            rows = fetch(pending, progress.step)
-            for (is_longest, _), (_, _, accuracy) in zip(pending, rows, strict=True):
-                if is_longest:
-                    curriculum.recent.append(accuracy)
-            pending.clear()
-            norm, _, accuracy = rows[-1]
-            mean_loss = sum(loss for _, loss, _ in rows) / len(rows)
-            progress.seconds = seconds_now()
-            since_seconds, since_tokens = rate_since
-            rate = (progress.tokens - since_tokens) / (progress.seconds - since_seconds)
-            rates.append(rate)
-            write_line(
-                log,
-                progress,
-                loss=round(mean_loss, 6),
-                accuracy=round(accuracy, 6),
-                grad_norm=round(norm, 6),
-                stage=curriculum.number,
-                lr=lr,
-                tokens_per_second=round(rate),
-            )
-            bar.set_postfix(
-                loss=f"{mean_loss:.3f}",
-                acc=f"{accuracy:.2f}",
-                lr=f"{lr:.1e}",
-                stage=f"{curriculum.number + 1}/{len(stages)}",
-            )
+            accuracies = record.write_line(curriculum, lr)  # this waits for the device
+            curriculum.recent.extend(accuracies)
 
-        # Stage
         if is_line_due:
             message = curriculum.advance()
             if message is not None:
-                say(progress, message)
+                record.say(message)
                 if curriculum.is_last:
                     progress.end = min(progress.end, progress.tokens + cfg.final_tokens)
 
-        # Save, before the evaluation: whoever presses Ctrl-C twice shall not lose anything
+        # Save before the evaluation: whoever presses Ctrl-C twice shall not lose anything.
         if is_validation_due or is_over:
             save_checkpoint(
-                Path(cfg.out_dir, "ckpt.pt"),
+                path,
                 model,
                 tokenizer=tokenizer.ranks,
                 train=asdict(cfg),
@@ -844,62 +959,21 @@ def train(
                 progress=asdict(progress),
             )
 
-        # Evaluate
-        n_validations = progress.tokens // cfg.eval_every
+        # While it saved, Ctrl-C may have been pressed.
         if is_validation_due and not is_over and not interrupts:
-            short = [length for length in cfg.lengths if length <= 4000] or cfg.lengths[:1]
-            work = [(task, length, cfg.eval_n) for task in cfg.tasks for length in short]
-            threads = processes.eval_threads
-            rows = ask(model, tokenizer, val_set, work, -1, ("on",), threads)
-            shares = {}
-            for cell in cells(rows):
-                name = f"{cell['task']} {length_name(cell['length'])}"
-                shares[name] = round(cell["exact"] / cell["n"], 4)
-            write_line(log, progress, validation=shares)
+            shares = validate(cfg, model, tokenizer, val_set, processes.eval_threads)
+            record.write(validation=shares)
             percents = [f"{name} {100 * share:.0f} %" for name, share in shares.items()]
-            say(progress, f"validation {', '.join(percents)}")
-        if not pending:
-            # After a line the clock starts anew, so that saving and evaluating do not count.
-            rate_since = (seconds_now(), progress.tokens)
+            record.say(f"validation {', '.join(percents)}")
+            record.restart_clock()
 
     batches.close()
     if not processes.is_first:
         return
-    bar.close()
-    if interrupts and not is_last:
+    if interrupts and not is_done:
+        record.bar.close()
         raise KeyboardInterrupt
-    rate = f" ({statistics.median(rates):,.0f} tokens/s)" if rates else ""
-    print(
-        f"trained {progress.tokens / 1e6:.1f} M tokens in {progress.step} steps and "
-        f"{progress.seconds / 60:.1f} minutes{rate}; wrote {Path(cfg.out_dir, 'ckpt.pt')}",
-        flush=True,
-    )
-
-
-def fetch(pending: list[tuple[bool, Tensor]], step: int) -> list[list[float]]:
-    """The norm, the loss and the accuracy of each pending step, the latest of which is `step`.
-
-    This waits for the device. ValueError for a gradient that is not finite, so that no weights are
-    saved that it has spoiled."""
-    rows = torch.stack([numbers for _, numbers in pending]).tolist()
-    for number, (norm, _, _) in enumerate(rows, step - len(rows)):
-        if not math.isfinite(norm):
-            raise ValueError(
-                f"the gradient is {norm} at step {number}: train anew with a lower --lr"
-            )
-    return rows
-
-
-def write_line(log: JsonLines, progress: Progress, **values) -> None:
-    """A line of metrics.jsonl, with where the run stands."""
-    log.write(
-        step=progress.step, tokens=progress.tokens, seconds=round(progress.seconds, 1), **values
-    )
-
-
-def say(progress: Progress, message: str) -> None:
-    """A line for people, with where the run stands."""
-    tqdm.write(f"{progress.seconds:5.0f} s, {progress.tokens / 1e6:4.1f} M tokens: {message}")
+    record.close(path)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1028,7 +1102,6 @@ def run(flags: Flags, processes: Processes, meet_at: str | None) -> None:
                 os._exit(HAS_TOLD)  # at once: to leave in order could wait for the others
             return
 
-        print(describe(cfg, model, train_set, val_set, device, processes), flush=True)
         interrupts = []
         folder = Path(cfg.out_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -1037,12 +1110,13 @@ def run(flags: Flags, processes: Processes, meet_at: str | None) -> None:
             interrupts_kept(interrupts),
             JsonLines(folder / "metrics.jsonl", first_step) as log,
         ):
+            print(describe(cfg, model, train_set, val_set, device, processes), flush=True)
             train(*arguments, log, interrupts)
         processes.leave()  # the others have ended
         modes = ("on",) if model.cfg.kind == "llama" else ("on", "off")
         work = [(task, length, cfg.table_n) for task in cfg.tasks for length in cfg.lengths]
         threads = processes.eval_threads
-        rows = ask(model, tokenizer, val_set, work, 0, modes, threads, show=True)
+        rows = ask(model, tokenizer, val_set, work, TABLE_SEED, modes, threads, show=True)
         save(rows, folder / "table.jsonl")
         print(table(cells(rows)))
     except ProcessLost:

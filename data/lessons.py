@@ -132,7 +132,7 @@ class Curriculum:
         self.max_steps = max_steps
         self.number = 0  # of the current stage
         self.steps = 0  # taken in the current stage
-        self.recent: deque[float] = deque(maxlen=window)  # shares of right answers
+        self.recent: deque[float] = deque(maxlen=window)  # accuracies on the longest documents
 
     @property
     def stage(self) -> Stage:
@@ -175,7 +175,8 @@ class Curriculum:
 
 @functools.lru_cache
 def usual_facts(task: str, share: float) -> int:
-    """The number of facts that this share of bAbI's own questions has before it, or fewer."""
+    """A quantile of the number of facts before one of bAbI's own questions: so many facts are
+    enough for this share of the questions."""
     rng = random.Random(0)
     counts = []
     for _ in range(500):
@@ -203,12 +204,12 @@ def lesson(
 
     tasks          of which the story is one, drawn at random; all of them may ask about it
     n_facts        most facts of the story
-    room           least and most tokens of the document; (0, 0) for the facts without prose. Facts
-                   that leave no room are told without prose as well.
+    room           least and most tokens of the document; (0, 0) for the facts without prose. If
+                   the facts fill the room, there is no prose either.
     max_questions  most questions at the end of the document
     asides         most points before the end at which questions are asked as well
-    share          how far the number of facts lies between 2 and the most, from 0 to 1; None for
-                   the most
+    share          at least 0 and below 1, spread evenly over 2 facts to the most; None for the
+                   most
     usual          no story is longer than this share of its task's own questions needs"""
     task = tasks[int(rng.random() * len(tasks))]
     n_facts = min(n_facts, max(2, usual_facts(task, usual)))
@@ -284,12 +285,12 @@ class Lessons:
     def __getitem__(self, key: Key) -> tuple[Key, Batch]:
         """The key and its batch. (A DataLoader looks batches up like that.)"""
         stage, number = key
-        n_segments = self.n_segments(stage, number)
+        n_segments = self.draw_n_segments(stage, number)
         documents = self.documents(stage, number, n_segments)
         is_longest = n_segments == stage.segments
         return key, self.join(documents, stage.segment_len, n_segments, is_longest)
 
-    def n_segments(self, stage: Stage, number: int) -> int:
+    def draw_n_segments(self, stage: Stage, number: int) -> int:
         """How many segments the documents of a batch have; 0 for facts without prose.
 
         Half of the steps have the stage's longest documents. The others have fewer segments, and
@@ -332,8 +333,10 @@ class Lessons:
         return documents
 
     def share_with_asides(self, stage: Stage) -> float:
-        """The share of a stage's documents that are asked before their end, too. Where a document
-        has many facts, to read them costs more than the questions, so more documents are."""
+        """The share of a stage's documents that ask questions before their end, too.
+
+        It is higher where documents have many facts. There most of the cost is in reading, so that
+        more questions come almost for free."""
         if self.asides == 0:
             return 0.0
         if stage.facts > 10:
@@ -389,14 +392,14 @@ class Batches:
         pin: bool = False,  # into memory that a GPU can copy from while it computes
     ):
         self.stage = stage
-        self.number = number  # of the next batch to hand out
-        self.next_order = number  # number of the next batch to have made
+        self.next_to_take = number
+        self.next_to_make = number  # higher, where workers make batches ahead
         self.stride = stride
         self.loader = iter(
             DataLoader(
                 lessons,
                 batch_size=None,
-                sampler=self.orders(),
+                sampler=self.keys_to_make(),
                 num_workers=workers,
                 pin_memory=pin,
                 collate_fn=unchanged,
@@ -405,23 +408,25 @@ class Batches:
             )
         )
 
-    def orders(self) -> Iterator[Key]:
-        """What to make, in turn and without end."""
+    def keys_to_make(self) -> Iterator[Key]:
+        """What the workers make, in turn and without end."""
         while True:
-            number = self.next_order
-            self.next_order += self.stride
+            number = self.next_to_make
+            self.next_to_make += self.stride
             yield self.stage, number
 
     def enter(self, stage: Stage) -> None:
-        """Take the batches of another stage from now on."""
-        self.stage = stage
-        self.next_order = self.number
+        """Take the batches of this stage from now on."""
+        if stage != self.stage:
+            self.stage = stage
+            self.next_to_make = self.next_to_take  # keys_to_make goes on from here
 
     def __next__(self) -> Batch:
         while True:
-            (stage, number), batch = next(self.loader)
-            if (stage, number) == (self.stage, self.number):
-                self.number += self.stride
+            key, batch = next(self.loader)
+            # What was made ahead for an earlier stage is passed over.
+            if tuple(key) == (self.stage, self.next_to_take):  # pinning may make a list of it
+                self.next_to_take += self.stride
                 return batch
 
     def close(self) -> None:
@@ -467,7 +472,7 @@ def main(argv: list[str] | None = None) -> None:
             seed=args.seed,
             accumulate=2,
         )
-        n_segments = lessons.n_segments(stage, args.number)
+        n_segments = lessons.draw_n_segments(stage, args.number)
         documents = lessons.documents(stage, args.number, n_segments)
         _, batch = lessons[stage, args.number]
         B, T = batch.idx.shape
