@@ -548,9 +548,9 @@ def processes_of_torchrun(cfg: TrainConfig) -> Processes:
     )
 
 
-def help_to_train(rank: int, processes: Processes, meet_at: str, flags: Flags, has_begun) -> None:
+def help_to_train(rank: int, processes: Processes, meet_at: str, flags: Flags, writer) -> None:
     """The life of a process of a rank above 0 that `python train.py` has started."""
-    has_begun.release()
+    writer.send("started")
     keep_freed_memory()
     processes.rank = rank
     with one_line("train.py", is_silent=True):
@@ -568,7 +568,7 @@ def helpers_started(processes: Processes, flags: Flags) -> Iterator[str | None]:
         return
     # A fork would be quicker, but a copy of a process that has computed with several threads hangs.
     context = multiprocessing.get_context("spawn")
-    has_begun = context.Semaphore(0)
+    readers = []
     helpers = []
     with tempfile.TemporaryDirectory(prefix="lm2-", ignore_cleanup_errors=True) as folder:
         meet_at = f"file://{folder}/processes"
@@ -576,15 +576,16 @@ def helpers_started(processes: Processes, flags: Flags) -> Iterator[str | None]:
             # They ignore Ctrl-C from their start on, which is for the first process.
             before = signal.signal(signal.SIGINT, signal.SIG_IGN)
             for rank in range(1, processes.n):
-                arguments = (rank, processes, meet_at, flags, has_begun)
+                reader, writer = context.Pipe(duplex=False)
+                readers.append(reader)
+                arguments = (rank, processes, meet_at, flags, writer)
                 helper = context.Process(target=help_to_train, args=arguments)
                 helper.start()
                 helpers.append(helper)
             signal.signal(signal.SIGINT, before)
-            for _ in helpers:
-                while not has_begun.acquire(timeout=0.1):
-                    if not all(helper.is_alive() for helper in helpers):
-                        raise ProcessLost("at its start")
+            for helper, reader in zip(helpers, readers, strict=True):
+                if reader not in multiprocessing.connection.wait([reader, helper.sentinel]):
+                    raise ProcessLost("at its start")
             yield meet_at
         except ProcessLost:
             codes = []

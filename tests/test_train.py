@@ -1439,4 +1439,4 @@ def test_the_help_of_every_flag_is_sentences_and_its_default(capsys):
         assert text.replace(" ", "") in printed
     for text in train.SIZE_FLAGS.values():
         assert text.replace(" ", "") in printed
-    assert "(default 0.002)" in printed and "(default 2:0 4:0 10:0 " in printed
+    assert "(default0.002)" in printed and "(default2:04:010:0" in printed
