@@ -480,7 +480,7 @@ class Processes:
             pieces.append(piece.flatten())
         if numbers.is_cuda:
             # On a GPU all parameters have a gradient. The counts are made there, since a copy from
-            # the CPU would wait for it.
+            # the CPU would make the CPU wait.
             counts = torch.ones(len(parameters), device=numbers.device)
         else:
             counts = torch.tensor([float(p.grad is not None) for p in parameters])
@@ -491,7 +491,7 @@ class Processes:
         *totals, counts, numbers = buffer.split([*sizes, len(parameters), len(numbers)])
         for p, total, count in zip(parameters, totals, counts, strict=True):
             if p.is_cuda:
-                p.grad.copy_(total.view_as(p))
+                p.grad.copy_(total.view_as(p))  # a GPU's gradients stay in place, see `train`
             elif count > 0:
                 p.grad = total.view_as(p)
         return numbers
@@ -737,7 +737,7 @@ class Record:
             disable=None,
         )
         # Of each step since the last line: whether its documents were the stage's longest, and
-        # its numbers (3,), which still lie on the device: norm, loss, accuracy.
+        # what was measured (3,), which still lies on the device: norm, loss, accuracy.
         self.pending = []
         self.rates = []  # tokens per second of each line
         self.restart_clock()
@@ -746,10 +746,10 @@ class Record:
         """Count the tokens per second of the next line from here."""
         self.since = (time.perf_counter(), self.progress.tokens)
 
-    def add_step(self, n_tokens: int, is_longest: bool, norm: Tensor, numbers: Tensor) -> None:
-        """Note a step, without waiting for the device."""
+    def add_step(self, n_tokens: int, is_longest: bool, norm: Tensor, sums: Tensor) -> None:
+        """Note a step, without waiting for the device. sums (3,): loss, right words, words"""
         self.bar.update(n_tokens)
-        loss, n_right, n_words = numbers
+        loss, n_right, n_words = sums
         self.pending.append((is_longest, torch.stack([norm, loss, n_right / n_words])))
 
     def write_line(self, curriculum: Curriculum, lr: float) -> list[float]:
@@ -758,7 +758,7 @@ class Record:
 
         ValueError for a gradient that is not finite, so that no weights are saved that it has
         spoiled."""
-        rows = fetch([numbers for _, numbers in self.pending])
+        rows = fetch([measured for _, measured in self.pending])
         accuracies = []
         for (is_longest, _), (_, _, accuracy) in zip(self.pending, rows, strict=True):
             if is_longest:
@@ -813,9 +813,9 @@ class Record:
         )
 
 
-def fetch(numbers: list[Tensor]) -> list[list[float]]:
-    """The numbers of some steps, from the device. This waits for it."""
-    return torch.stack(numbers).tolist()
+def fetch(measured: list[Tensor]) -> list[list[float]]:
+    """What was measured in some steps, from the device. This waits for it."""
+    return torch.stack(measured).tolist()
 
 
 def train(
@@ -865,6 +865,7 @@ def train(
     def micro_step(S: int, idx: Tensor, at: Tensor, targets: Tensor, is_word: Tensor) -> Tensor:
         """Add the gradient of one micro-batch, read in segments of S tokens, to the parameters'.
 
+        S comes first and the tensors last, as CudaGraphs wants them.
         Returns three numbers (3,) without waiting for the device: its loss, divided by the number
         of micro-batches; how many words of its answers are right; and how many there are."""
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
@@ -877,46 +878,46 @@ def train(
     run_micro_step = micro_step
     if is_cuda:
         for p in parameters:
-            # A CUDA graph adds to a gradient where it lies. So on a GPU gradients are never None,
-            # and they stay in place: see zero_grad below and sum_gradients.
+            # A recorded graph writes to fixed addresses. So on a GPU every gradient is made once,
+            # zeroed rather than freed, and written into rather than replaced.
             p.grad = torch.zeros_like(p)
         if cfg.graphs:
             run_micro_step = CudaGraphs(micro_step)
 
     if processes.is_first:
         record = Record(cfg, log, progress, len(stages))
-    began = time.perf_counter() - progress.seconds  # as if it had run without a break
+    began = time.perf_counter() - progress.seconds  # as if without a break
     stop_at = math.inf if cfg.minutes is None else progress.seconds + 60 * cfg.minutes
-    # This call is done at the end of the run or when its --minutes are spent. The loop is over then
-    # or after Ctrl-C. A run that was at its end and is resumed takes no step.
+    # is_done: the run has reached its end, or this call's --minutes are spent. is_over: that, or
+    # Ctrl-C was pressed. Then the loop ends. A finished run that is resumed takes no step.
     is_done = progress.share_done(cfg) >= 1
     is_over = is_done
 
     while True:
-        # The first process alone has the clock, sees Ctrl-C, and knows when a stage ends. So what
-        # the others compute here is replaced by what the first one tells.
+        # Every process computes these three, but only the first one's are right: it alone has the
+        # clock, sees Ctrl-C and ends stages. All go on with its values.
         lr = learning_rate(cfg, progress.step, progress.share_done(cfg))
         lr, stage_number, is_over = processes.told_by_first(lr, curriculum.number, is_over)
         if is_over:
             break
         curriculum.number = int(stage_number)
         stage = curriculum.stage
-        batches.enter(stage)
+        batches.enter(stage)  # within a stage this does nothing
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         # One step: the gradients of this process's micro-batches, their sum over all processes
-        numbers = torch.zeros(3, device=device)
+        sums = torch.zeros(3, device=device)  # loss, right words, words
         n_tokens = 0
         for _ in range(cfg.accumulate // processes.n):
             batch = next(batches).to(device)
-            n_tokens += batch.idx.numel()  # without what is added for a GPU
-            is_longest = batch.is_longest  # all batches of a step agree
+            n_tokens += batch.idx.numel()  # before the padding for CUDA graphs
+            is_longest = batch.is_longest  # as of all batches of a step
             if is_cuda:
                 batch = with_fewer_shapes(batch, stage)
             S = length_of_segments(batch, stage, cfg, model.cfg.segment_len)
-            numbers += run_micro_step(S, batch.idx, batch.at, batch.targets, batch.is_word)
-        numbers = processes.sum_gradients(parameters, numbers)
+            sums += run_micro_step(S, batch.idx, batch.at, batch.targets, batch.is_word)
+        sums = processes.sum_gradients(parameters, sums)  # the three travel with the gradients
         norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=not is_cuda)
@@ -927,7 +928,7 @@ def train(
             continue
 
         # What is due at the end of this step? The last step of a call is always logged and saved.
-        record.add_step(n_tokens, is_longest, norm, numbers)
+        record.add_step(n_tokens, is_longest, norm, sums)
         curriculum.steps += 1
         progress.seconds = time.perf_counter() - began
         is_done = progress.share_done(cfg) >= 1 or progress.seconds >= stop_at
@@ -960,7 +961,7 @@ def train(
                 progress=asdict(progress),
             )
 
-        # While it saved, Ctrl-C may have been pressed.
+        # If Ctrl-C was pressed during the save, no time is spent here. The next step notices it.
         if is_validation_due and not is_over and not interrupts:
             shares = validate(cfg, model, tokenizer, val_set, processes.eval_threads)
             record.write(validation=shares)

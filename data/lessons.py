@@ -279,7 +279,7 @@ class Lessons:
     plain: float  # share of batches without prose in a stage that has prose
     asides: int  # most points before a document's end at which questions are asked
     seed: int
-    accumulate: int = 1  # batches of a step: they agree in length, so that processes keep pace
+    accumulate: int = 1  # batches of a step: they have equally many segments, so that none waits
     usual: float = 0.9  # see `lesson`
 
     def __getitem__(self, key: Key) -> tuple[Key, Batch]:
@@ -387,13 +387,13 @@ class Batches:
         lessons: Lessons,
         stage: Stage,
         number: int = 0,  # of the first batch
-        stride: int = 1,  # this process takes every batch whose number is so much higher
+        stride: int = 1,  # this process takes `number`, `number + stride` and so on
         workers: int = 0,  # processes that make batches ahead; 0: they are made when asked for
         pin: bool = False,  # into memory that a GPU can copy from while it computes
     ):
         self.stage = stage
         self.next_to_take = number
-        self.next_to_make = number  # higher, where workers make batches ahead
+        self.next_to_make = number  # workers run ahead of `next_to_take`
         self.stride = stride
         self.loader = iter(
             DataLoader(
@@ -419,7 +419,7 @@ class Batches:
         """Take the batches of this stage from now on."""
         if stage != self.stage:
             self.stage = stage
-            self.next_to_make = self.next_to_take  # keys_to_make goes on from here
+            self.next_to_make = self.next_to_take  # what was ordered ahead is ordered anew
 
     def __next__(self) -> Batch:
         while True:
