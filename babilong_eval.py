@@ -17,6 +17,7 @@ closest to the question.
 """
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,18 +28,56 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.babilong import COUNTS, Builder
-from data.cli import Parser, one_line, save_json
-from data.device import keep_freed_memory, peak_memory, pick_device
+from data.babi import TASKS
+from data.babilong import COUNTS, Builder, Samples, generated
+from data.common import (
+    Parser,
+    keep_freed_memory,
+    one_line,
+    peak_memory,
+    pick_device,
+    save_json,
+)
 from data.document import Document, length_name, read_lengths
-from data.metrics import cells, compare, official_score, report_cost, table  # noqa: F401  for importers
+from data.metrics import (  # noqa: F401  the scripts in assets take some of them from here
+    BLOCKS,
+    GROUPS,
+    cells,
+    column,
+    compare,
+    official_score,
+    percent,
+    pooled,
+    report_cost,
+    share,
+    table,
+    wilson,
+)
 from data.predictions import MODES, Predictions, load
-from data.published import published_table
-from data.samples import Downloaded, Samples, check_cells, generated
+from data.published import Downloaded, published_table
 from data.tokenizer import Tokenizer, of_checkpoint
 from lm2 import LM2, RMT, State, load_checkpoint
 
 Model = LM2 | RMT
+
+
+def check_cells(samples: Samples, tasks: Iterable[str], lengths: Iterable[int]) -> dict[str, str]:
+    """A fingerprint of the samples of each cell: of the first one, or of the whole published file.
+
+    ValueError, before any time is spent, for an unknown task or a length too short for its
+    facts."""
+    prints = {}
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"task {task!r} is unknown: choose from {' '.join(TASKS)}")
+        for length in lengths:
+            d = samples(task, length, 0)
+            text = d.ids.tobytes()
+            if isinstance(samples, Downloaded):
+                text = json.dumps(samples.rows(task, length)).encode()
+            digest = hashlib.blake2b(text, digest_size=8).hexdigest()
+            prints[f"samples of {task} {length_name(length)}"] = digest
+    return prints
 
 
 def of_rows(state: State, rows: list[int]) -> State:

@@ -803,7 +803,7 @@ def save_checkpoint(path: str | Path, model: LM2 | RMT, **content) -> None:
     everything = dict(
         format=CHECKPOINT_FORMAT, config=asdict(model.cfg), model=model.state_dict(), **content
     )
-    partial = Path(f"{path}.tmp")  # as data.cli.replacing does, but this file needs no other
+    partial = Path(f"{path}.tmp")  # as data.common.replacing does, but this file needs no other
     try:
         with open(partial, "wb") as file:
             torch.save(everything, file)

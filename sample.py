@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from data import tokenizer as tokenizers
-from data.cli import Parser, one_line
-from data.device import pick_device
+from data.common import Parser, one_line, pick_device
 from lm2 import LM2, RMT, load_checkpoint
 
 

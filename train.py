@@ -22,41 +22,42 @@ import math
 import multiprocessing.connection
 import os
 import random
+import shutil
 import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from babilong_eval import evaluate
+from babilong_eval import check_cells, evaluate
 from data import background
 from data.babi import TASKS
-from data.babilong import Builder
-from data.cli import JsonLines, Parser, flag, interrupts_kept, one_line
-from data.device import (
-    CudaGraphs,
-    bfloat16_layers,
-    check_compiler,
-    compile_blocks,
+from data.babilong import Builder, generated
+from data.common import (
+    JsonLines,
+    Parser,
+    flag,
+    interrupts_kept,
     keep_freed_memory,
+    one_line,
     pick_device,
-    run_eager,
 )
 from data.document import length_name, parse_length
 from data.lessons import Batch, Batches, Curriculum, Lessons, Stage, parse_stages
 from data.metrics import cells, table
 from data.predictions import save
 from data.recipes import PRESETS, QA1, RECIPE_OF, RECIPES
-from data.samples import check_cells, generated
 from data.tokenizer import Tokenizer, load, of_checkpoint
 from lm2 import LM2, RMT, LM2Config, build_model, load_checkpoint, save_checkpoint
 
@@ -388,6 +389,104 @@ def settings_to_resume(given: dict) -> TrainConfig:
 
 
 # -------------------------------------------------------------------------------------------------
+# How a model is computed faster
+
+
+def check_compiler(device: torch.device) -> None:
+    """ValueError where torch.compile finds no compiler, of C++ for a CPU, of C for a GPU."""
+    if device.type == "cuda":
+        names = ["cl"] if sys.platform == "win32" else ["gcc", "clang"]
+    else:
+        names = [{"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")]
+    if not any(shutil.which(name) for name in names):
+        raise ValueError(
+            f"--compile finds no compiler here: install {names[0]} or give --no-compile"
+        )
+
+
+MEMORY_PARTS = ("queries", "candidates", "write", "keys_and_values", "read")
+
+
+def compile_blocks(model: nn.Module, **options) -> None:
+    """Compile in place, with torch.compile's options, what the segments of a document pass through.
+
+    The parts of a memory are compiled one by one. The loop over segments stays outside of them, so
+    that a longer document needs no other graph. All blocks share their graphs. A deepcopy of a
+    compiled model would go on with the weights of the original: copy first."""
+    config = torch._dynamo.config
+    # PyTorch gives up after 8 graphs of one function. Ours need more: one for each set of shapes.
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, limit, max(getattr(config, limit), 64))
+    if options.get("dynamic"):
+        # Without this, dynamo takes a batch of 8 rows and 8 heads for the same number.
+        torch.fx.experimental._config.use_duck_shape = False
+    for block in model.layers:
+        block.attention.compile(fullgraph=True, **options)
+        block.feed_forward.compile(fullgraph=True, **options)
+        if block.memory is not None:
+            for name in MEMORY_PARTS:
+                part = getattr(block.memory, name)
+                setattr(block.memory, name, torch.compile(part, fullgraph=True, **options))
+
+
+class CudaGraphs:
+    """Calls f(*values, *tensors) -> Tensor on a GPU as CUDA graphs, one for each set of values and
+    shapes.
+
+    A graph is one launch for thousands of small kernels, which would wait for Python otherwise. It
+    is recorded at the second call, since the first compiles and loads kernels. f must not wait for
+    the device. The gradients that it adds to, and all else that it reads, must stay in place.
+    Tensors come last, and a shape has always the same dtype. The graphs are kept as long as this
+    object and share their memory, so one runs at a time."""
+
+    def __init__(self, f: Callable[..., Tensor]):
+        self.f = f
+        self.pool = torch.cuda.graph_pool_handle()
+        self.graphs = {}  # key -> (graph, its inputs, its output), or None after the first call
+
+    def __call__(self, *args) -> Tensor:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        values = args[: len(args) - len(tensors)]
+        key = (*values, *(t.shape for t in tensors))
+        if key not in self.graphs:
+            self.graphs[key] = None
+            output = self.f(*args)
+            torch.cuda.empty_cache()  # the graphs take their memory from a pool of their own
+            return output
+        if self.graphs[key] is None:
+            inputs = [t.clone() for t in tensors]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                output = self.f(*values, *inputs)
+            self.graphs[key] = graph, inputs, output
+        graph, inputs, output = self.graphs[key]
+        for own, given in zip(inputs, tensors, strict=True):
+            own.copy_(given)
+        graph.replay()
+        return output.clone()
+
+
+class BFloat16Linear(nn.Linear):
+    """A linear layer that multiplies in bfloat16 and returns the dtype that it was given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)"""
+        bias = None if self.bias is None else self.bias.bfloat16()
+        return F.linear(x.bfloat16(), self.weight.bfloat16(), bias).to(x.dtype)
+
+
+def bfloat16_layers(model: nn.Module) -> None:
+    """Let every linear layer multiply in bfloat16 from now on. Weights, their gradients and all
+    else stay as they are.
+
+    On a GPU autocast does that. A CPU with tiles for it (AMX) takes a quarter of the time for such
+    a product. Autocast would also move small attention to bfloat16, which is slower there."""
+    for layer in model.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = BFloat16Linear  # one class for all layers, so that they share graphs
+
+
+# -------------------------------------------------------------------------------------------------
 # Several processes
 
 
@@ -698,7 +797,7 @@ def ask(
     torch.set_num_threads(threads)  # the other processes wait meanwhile
     samples = generated(val_set, seed)
     rows = []
-    with run_eager():
+    with torch.compiler.set_stance("force_eager"):  # an evaluation has too many shapes to compile
         for found in evaluate(
             model, tokenizer, samples, work, modes, name=model.cfg.kind, show=show
         ):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python assets/shrink.py`
 
-from data.cli import Parser, one_line  # noqa: E402
+from data.common import Parser, one_line  # noqa: E402
 from data.tokenizer import of_checkpoint  # noqa: E402
 from lm2 import load_checkpoint, save_checkpoint  # noqa: E402
 

@@ -11,13 +11,13 @@ Train and validation share no story (by a hash of its sentences) and no passage 
 import bisect
 import hashlib
 import random
-from typing import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tiktoken
 
 from data import babi, background
-from data.cli import Parser, one_line
+from data.common import Parser, one_line
 from data.document import Document, join, parse_length
 from data.tokenizer import Tokenizer, load
 
@@ -180,6 +180,14 @@ class Builder:
                 return self.assemble(texts, questions, room if length else 0, rng)
         raise ValueError(f"length {length} is too short for the facts of {task}: give more tokens, "
                          "or 0 for no background")
+
+
+Samples = Callable[[str, int, int], Document]  # (task, length, i) -> sample i of that cell, always the same
+
+
+def generated(builder: Builder, seed: int) -> Samples:
+    """Samples that depend on seed, task, length and i alone, so that models answer the same questions."""
+    return lambda task, length, i: builder.sample(task, length, random.Random(f"{seed} {task} {length} {i}"))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.cli import Parser
+from data.common import Parser
 
 MIN_WORDS = 8  # BABILong drops sentences under 10 GPT-2 tokens, about 8 words, so facts are the short ones
 PASSAGE = 32  # sentences that go to train or val as a whole

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.cli import Parser, flag, one_line, replacing
+from data.common import Parser, flag, one_line, replacing
 from data.published import FIELDS, parse_json, parse_samples
 
 REVISION = "ee0d588794c7ac098062ee0d247c733d62e94fe2"

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 from data import babi
 from data.babilong import Builder
-from data.cli import Parser, one_line
+from data.common import Parser, one_line
 from data.document import Document
 from data.tokenizer import load
 

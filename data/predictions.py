@@ -8,7 +8,7 @@ is refused, so that no table ever mixes two. Writes the file that it is given.
 import json
 from pathlib import Path
 
-from data.cli import replacing
+from data.common import replacing
 from data.metrics import LABELS
 
 KINDS = dict(model=str, task=str, length=int, i=int, memory=str, question=str, target=str, output=str,

@@ -9,7 +9,9 @@ Writes nothing.
 import json
 from pathlib import Path
 
-from data.cli import Parser, one_line
+from data.common import Parser, one_line
+from data.document import Document, from_text, length_name
+from data.tokenizer import Tokenizer
 
 FIELDS = ("input", "question", "target")  # what a sample of the benchmark holds, all of them texts
 
@@ -41,24 +43,42 @@ def parse_samples(raw: bytes) -> list[dict[str, str]]:
     return samples
 
 
-def read_samples(folder: str | Path, task: str, length_name: str) -> list[dict[str, str]]:
+def read_samples(folder: str | Path, task: str, length: str) -> list[dict[str, str]]:
     """The samples of a published file: folder/qa1/0k.json, folder/data/qa1/0k.json, or `folder` itself if
     it names a file. Questions lose the space they end in; inputs and targets stay as published. ValueError
     in one line for a file that is missing or not what it should be."""
     folder = Path(folder)
-    paths = [base / task / f"{length_name}.json" for base in (folder, folder / "data")]
+    paths = [base / task / f"{length}.json" for base in (folder, folder / "data")]
     if folder.suffix == ".json" or folder.is_file():
         paths = [folder]
     path = next((p for p in paths if p.is_file()), None)
     if path is None:
         raise ValueError(f"there is no {paths[0]}: fetch it (python -m data.download --tasks {task} "
-                         f"--lengths {length_name} --out {folder}) or name another folder")
+                         f"--lengths {length} --out {folder}) or name another folder")
     try:
         samples = parse_samples(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} {error}: fetch it again (python -m data.download --again) or name "
                          "another") from None
     return [{field: s[field] for field in FIELDS} | {"question": s["question"].strip()} for s in samples]
+
+
+class Downloaded:
+    """The samples of the published files; of one cell at a time, as they are large."""
+
+    def __init__(self, folder: str, tokenizer: Tokenizer):
+        self.folder, self.tokenizer, self.cell, self.kept = folder, tokenizer, None, []
+
+    def rows(self, task: str, length: int) -> list[dict]:
+        """The samples of a cell, as read_samples gives them."""
+        if self.cell != (task, length):
+            self.kept = read_samples(self.folder, task, length_name(length))
+            self.cell = task, length
+        return self.kept
+
+    def __call__(self, task: str, length: int, i: int) -> Document:
+        row = self.rows(task, length)[i]
+        return from_text(self.tokenizer, row["input"], row["question"], row["target"])
 
 
 def published_rows() -> list[dict]:

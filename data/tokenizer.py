@@ -15,7 +15,7 @@ from pathlib import Path
 import tiktoken
 
 from data import background
-from data.cli import Parser, replacing
+from data.common import Parser, replacing
 
 # A token lies within one piece: a word or a run of signs, with the space before it; one digit; or white
 # space. So the sentences of a text, each but the first with its space, give the tokens of the whole.

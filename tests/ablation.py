@@ -37,8 +37,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python t
 
 import lm2  # noqa: E402
 import train  # noqa: E402
-from data.cli import Parser, one_line  # noqa: E402
-from data.device import keep_freed_memory  # noqa: E402
+from data.common import (  # noqa: E402
+    Parser,
+    keep_freed_memory,  # noqa: E402
+    one_line,
+)
 from data.document import length_name, parse_length  # noqa: E402
 from data.lessons import parse_stage  # noqa: E402
 from data.metrics import cells, wilson  # noqa: E402

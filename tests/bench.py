@@ -46,18 +46,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python t
 
 import train  # noqa: E402
 from data.babilong import Builder  # noqa: E402
-from data.cli import Parser, one_line, save_json  # noqa: E402
-from data.device import (  # noqa: E402
-    compile_blocks,
+from data.common import (  # noqa: E402
+    Parser,
     keep_freed_memory,
+    one_line,
     peak_memory,
     pick_device,
+    save_json,
 )
 from data.document import length_name  # noqa: E402
 from data.lessons import Batch, Stage, parse_stage  # noqa: E402
 from data.recipes import PRESETS  # noqa: E402
 from data.tokenizer import load  # noqa: E402
 from lm2 import LM2, LM2Config  # noqa: E402
+from train import compile_blocks  # noqa: E402
 
 QUICK = dict(
     vocab_size=256,

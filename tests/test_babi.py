@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `python tests/test_babi.py`
 
 from data import babi  # noqa: E402
-from data.babi_world import WORLD, Event, Question  # noqa: E402
+from data.babi.worlds import WORLD, Event, Question  # noqa: E402
 
 TASKS = babi.TASKS
 RELEASED = json.loads((ROOT / "tests" / "babi_histograms.json").read_text(encoding="utf-8"))
@@ -602,7 +602,7 @@ def test_a_failure_half_way_leaves_the_older_file_as_it_was(tmp_path, monkeypatc
         return whole(story, task)
 
     out.write_text("old", encoding="ascii")
-    monkeypatch.setattr(babi, "format_story", full_disk)
+    monkeypatch.setattr(babi.files, "format_story", full_disk)
     with pytest.raises(SystemExit) as stop:
         babi.main(["--stories", "5", "--out", str(out)])
     assert stop.value.code == 2 and "No space left" in capsys.readouterr().err

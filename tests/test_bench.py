@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import bench
-from data.device import peak_memory
+from data.common import peak_memory
 from test_train import refused
 
 QUICK = ["--quick", "--threads", "1", "--device", "cpu"]

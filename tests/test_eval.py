@@ -28,7 +28,7 @@ from data.metrics import (LABELS, cells, compare, exact_match, floor, mcnemar, o
                           pooled, table, wilson)
 from data.predictions import Predictions, load, save
 from data.published import published_table
-from data.samples import generated
+from data.babilong import generated
 from data.tokenizer import Tokenizer
 from data.tokenizer import load as load_tokenizer
 from lm2 import LM2Config, build_model, save_checkpoint

@@ -15,7 +15,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from data import heatmaps, pictures  # noqa: E402
+import heatmaps  # noqa: E402
+import pictures  # noqa: E402
 from data.babi import Question  # noqa: E402
 from data.babilong import Builder  # noqa: E402
 from data.document import join  # noqa: E402
@@ -117,7 +118,7 @@ def refused(capsys, *argv):
         pictures.main([str(x) for x in argv])
     err = capsys.readouterr().err
     assert stop.value.code == 2, err
-    assert len(err.splitlines()) == 1 and err.startswith("python -m data.pictures"), err
+    assert len(err.splitlines()) == 1 and err.startswith("python assets/pictures.py"), err
     return err
 
 

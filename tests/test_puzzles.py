@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import babi  # noqa: E402
-from data.babi_puzzles import PUZZLES  # noqa: E402
+from data.babi.puzzles import PUZZLES  # noqa: E402
 from test_babi import chi_square  # noqa: E402
 
 STORIES = {"qa4": 11000, "qa14": 2200, "qa15": 2750, "qa16": 11000, "qa17": 1375, "qa18": 2177, "qa19": 11000,

@@ -26,7 +26,8 @@ import babilong_eval
 import sample
 import train
 from data import babi, babilong
-from data.device import CudaGraphs, peak_memory
+from data.common import peak_memory
+from train import CudaGraphs
 from data.tokenizer import load, of_checkpoint
 from lm2 import LM2, LM2Config, load_checkpoint, save_checkpoint
 from test_babilong import book
@@ -94,7 +95,7 @@ def test_a_graph_is_recorded_at_a_shapes_second_call_and_replayed_with_what_it_i
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux hands a child its parent's peak")
 def test_the_peak_memory_of_a_child_of_a_large_parent_is_its_own():
     large = bytearray(b"x") * 2**30             # a gigabyte; torch takes a third of that
-    done = subprocess.run([sys.executable, "-c", "from data.device import peak_memory; print(peak_memory())"],
+    done = subprocess.run([sys.executable, "-c", "from data.common import peak_memory; print(peak_memory())"],
                           cwd=ROOT, stdout=subprocess.PIPE, check=True)
     assert 2**26 < int(done.stdout) < len(large) // 2 and peak_memory() > len(large)
 
@@ -560,8 +561,8 @@ def test_every_file_heading_and_test_that_a_document_names_is_there(name):
 
 @pytest.mark.parametrize(
     "file",
-    ["lm2", "train", "sample", "babilong_eval", "assets/shrink", "data/babi", "data/babi_world",
-     "data/babi_puzzles", "data/babilong", "data/background", "data/download", "data/pictures",
+    ["lm2", "train", "sample", "babilong_eval", "assets/shrink", "data/babi/files", "data/babi/worlds",
+     "data/babi/puzzles", "data/babilong", "data/background", "data/download", "assets/pictures",
      "data/published", "data/tokenizer"])
 def test_every_command_at_the_head_of_a_script_has_flags_that_it_knows(file, monkeypatch):
     doc = importlib.import_module(file.replace("/", ".")).__doc__

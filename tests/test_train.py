@@ -28,7 +28,7 @@ import torch
 import train
 from data import babi, background, predictions
 from data.babilong import Builder
-from data.cli import JsonLines, interrupts_kept
+from data.common import JsonLines, interrupts_kept
 from data.lessons import Batches, Lessons, parse_stages
 from data.metrics import cells, table
 from data.recipes import PRESETS, RECIPE_OF, RECIPES
@@ -1204,7 +1204,7 @@ def test_a_run_in_bfloat16_says_so_and_ends_near_the_one_in_float32(fit, tmp_pat
 
 
 def test_an_evaluation_compiles_nothing(fit, tmp_path):
-    from data.device import compile_blocks
+    from train import compile_blocks
 
     fit(tmp_path, "--tokens 1 --stages 2:0")
     model, saved = load_checkpoint(tmp_path / "ckpt.pt")

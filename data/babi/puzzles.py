@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
 
-from data.babi_world import ROOMS, TOWN, VERBS, Event, Odds, Question, Story, pick
+from data.babi.worlds import ROOMS, TOWN, VERBS, Event, Odds, Question, Story, pick
 
 WORKERS = ("Bill", "Julie", "Fred", "Mary")
 TIMES = ("yesterday", "this morning", "this afternoon", "this evening")

@@ -1,9 +1,9 @@
 """Heat maps of the memory on one document: what its last tokens read, what slots were written from.
 
-    python -m data.pictures read --out read.png
-    python -m data.pictures write --out write.png
+    python assets/pictures.py read --out read.png
+    python assets/pictures.py write --out write.png
 
-Writes nothing: it computes A and R, and draws them into a figure that data/pictures.py makes and
+Writes nothing: it computes A and R, and draws them into a figure that assets/pictures.py makes and
 saves.
 
 read    A (paper, Fig. 6): a row for each token of the last segment, a column for each slot; a row
@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from babilong_eval import answer, last_segment, read_before_last
-from data.device import run_eager
 from data.document import Document
 from data.tokenizer import Tokenizer
 from lm2 import LM2
@@ -111,7 +110,7 @@ def recording(model: LM2) -> Iterator[list[dict]]:
     try:
         for i, memory in memories:
             memory.record = partial(record, i)
-        with run_eager():  # a compiled block would not call it
+        with torch.compiler.set_stance("force_eager"):  # a compiled block would not call it
             yield notes
     finally:
         for _, memory in memories:

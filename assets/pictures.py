@@ -1,29 +1,33 @@
 """Pictures: accuracy by length, the radar of task groups, what tokens read from the memory, what slots keep.
 
-    python -m data.pictures accuracy assets/models.json --out out/models.png
-    python -m data.pictures radar out/figures.json --length 4k --out out/radar.png
-    python -m data.pictures read --ckpt out/ckpt.pt --seed 5 --out out/read.png
-    python -m data.pictures write --ckpt out/ckpt.pt --seed 5 --out out/write.png
+    python assets/pictures.py accuracy assets/models.json --out out/models.png
+    python assets/pictures.py radar out/figures.json --length 4k --out out/radar.png
+    python assets/pictures.py read --ckpt out/ckpt.pt --seed 5 --out out/read.png
+    python assets/pictures.py write --ckpt out/ckpt.pt --seed 5 --out out/write.png
 
 Writes --out, a .png, .pdf or .svg. Needs matplotlib: pip install -e ".[pictures]". The first two draw what
 `babilong_eval.py --figures` wrote, the radar as in the paper's Fig. 3; models NAME-0, NAME-1 and so on are
-seeds of one line. The others draw the memory on one document, a BABILong sample or --text; data/heatmaps.py
+seeds of one line. The others draw the memory on one document, a BABILong sample or --text; assets/heatmaps.py
 tells how to read them.
 """
 import math
+import sys
 import warnings
 from pathlib import Path
 from random import Random
 
-from data.babilong import Builder
-from data.background import BOUNDARY
-from data.cli import Parser, one_line, replacing
-from data.document import Document, from_text, length_name, parse_length
-from data.heatmaps import draw_read, draw_write
-from data.metrics import column, pooled, share, wilson
-from data.seeds import by_column, choose, load_figures, merged, pick
-from data.tokenizer import Tokenizer, of_checkpoint
-from lm2 import load_checkpoint
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python assets/pictures.py`
+
+from babilong_eval import column, pooled, share, wilson  # noqa: E402
+from data.babilong import Builder  # noqa: E402
+from data.background import BOUNDARY  # noqa: E402
+from data.common import Parser, one_line, replacing  # noqa: E402
+from data.document import Document, from_text, length_name, parse_length  # noqa: E402
+from data.tokenizer import Tokenizer, of_checkpoint  # noqa: E402
+from heatmaps import draw_read, draw_write  # noqa: E402
+from lm2 import load_checkpoint  # noqa: E402
+from tables import by_column, choose, load_figures, merged, pick  # noqa: E402
+
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; in grey the markers and lines differ
 STYLES = [dict(color=c, marker=m, linestyle=s) for c, m, s in (
@@ -179,7 +183,7 @@ PICTURES = {"accuracy": (figures, "accuracy against the length of the document, 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("python -m data.pictures", __doc__.split("\n")[0])
+    parser = Parser("python assets/pictures.py", __doc__.split("\n")[0])
     pictures = parser.add_subparsers(dest="picture", required=True, metavar="PICTURE",
                                      parser_class=lambda **known: Parser(known["prog"], known["description"]))
     for name, (draw, note) in PICTURES.items():
@@ -207,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
                 "reads a single slot most; of write: all, of more than four the last)")
             add("--head", default="mean", help="mean or the number of a head, from 0 (default mean)")
     args = parser.parse_args(argv)
-    with one_line(f"python -m data.pictures {args.picture}"):
+    with one_line(f"python assets/pictures.py {args.picture}"):
         fig = figure(args.out)
         args.draw(fig, args)
         save(fig, args.out)

@@ -16,9 +16,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.babi_puzzles import PUZZLES, Puzzle
-from data.babi_world import WORLD, Event, Question, Story, Task
-from data.cli import Parser, replacing
+from data.babi.puzzles import PUZZLES, Puzzle
+from data.babi.worlds import WORLD, Event, Question, Story, Task
+from data.common import Parser, replacing
 
 TASKS: dict[str, Task | Puzzle] = {f"qa{n}": (WORLD | PUZZLES)[f"qa{n}"] for n in range(1, 21)}
 OBJECT_TASKS = {"qa1", "qa2", "qa3", "qa6", "qa8"}      # can be asked where objects are taken and put down

@@ -1,9 +1,9 @@
 """A table over seeds, in Markdown, from the counts that babilong_eval.py --figures wrote.
 
-    python -m data.seeds assets/models.json --columns "lm2 on" "rmt on"
-    python -m data.seeds assets/models.json --columns "lm2 off" "lm2 other" --which outside
-    python -m data.seeds assets/ten.json --across lengths --tasks qa1-5   # a line a column and seed
-    python -m data.seeds assets/ten.json --across tasks --lengths 4k
+    python assets/tables.py assets/models.json --columns "lm2 on" "rmt on"
+    python assets/tables.py assets/models.json --columns "lm2 off" "lm2 other" --which outside
+    python assets/tables.py assets/ten.json --across lengths --tasks qa1-5   # a line a column and seed
+    python assets/tables.py assets/ten.json --across tasks --lengths 4k
 
 Writes nothing. A model evaluated as --ckpt lm2-0=... lm2-1=... is one column, "lm2 on", of seeds 0 and 1. A
 cell is the median of the seeds (of an even number the lower of the middle two), Wilson's interval for that
@@ -12,12 +12,16 @@ lengths side by side every seed has a line. Means over tasks appear where all of
 """
 import json
 import statistics
+import sys
 from pathlib import Path
 
-from data.babi import TASKS
-from data.cli import Parser, one_line
-from data.document import length_name, parse_length
-from data.metrics import BLOCKS, GROUPS, column, percent, pooled, share
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python assets/tables.py`
+
+from babilong_eval import BLOCKS, GROUPS, column, percent, pooled, share  # noqa: E402
+from data.babi import TASKS  # noqa: E402
+from data.common import Parser, one_line  # noqa: E402
+from data.document import length_name, parse_length  # noqa: E402
+
 
 Seeds = dict[str, dict[tuple[str, int], dict]]      # model -> (task, length) -> cell
 
@@ -182,7 +186,7 @@ def side_by_side(cells: list[dict], columns: list[str] | None = None, which: str
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("python -m data.seeds", __doc__.split("\n")[0])
+    parser = Parser("python assets/tables.py", __doc__.split("\n")[0])
     parser.add_argument("figures", metavar="FILE", nargs="+",
                         help="what babilong_eval.py --figures wrote; several make one table")
     parser.add_argument("--columns", nargs="+", help='such as "lm2 on" "lm2 off" (default all)')
@@ -194,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--across", default="models", choices=("models", "lengths", "tasks"),
                         help="what stands side by side (default models)")
     args = parser.parse_args(argv)
-    with one_line("python -m data.seeds"):
+    with one_line("python assets/tables.py"):
         cells = sum(map(load_figures, args.figures), [])
         chosen = args.tasks, args.lengths
         print(markdown(cells, args.columns, args.which, *chosen) if args.across == "models" else

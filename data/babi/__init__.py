@@ -1,0 +1,33 @@
+"""bAbI (v1.2, English): stories of its twenty tasks, made by rule or read from the released files.
+
+    python -m data.babi --task qa1 --stories 2
+
+worlds.py   tasks 1-3 and 5-13: actors who walk about and carry objects
+puzzles.py  tasks 4 and 14-20: statements and one kind of deduction each
+files.py    the files: read, written, and the command line
+"""
+
+from data.babi.files import (
+    ALSO,
+    TASKS,
+    find_file,
+    format_story,
+    main,
+    read_stories,
+    with_others,
+)
+from data.babi.worlds import Event, Question, Story, Task
+
+__all__ = [
+    "ALSO",
+    "TASKS",
+    "Event",
+    "Question",
+    "Story",
+    "Task",
+    "find_file",
+    "format_story",
+    "main",
+    "read_stories",
+    "with_others",
+]
