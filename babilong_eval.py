@@ -2,18 +2,22 @@
 
     python babilong_eval.py --tasks qa1 --lengths 0k 4k --n 50       # a minute on a laptop
     python babilong_eval.py --tasks qa1 --lengths 128k 1M:5 --n 20   # far beyond any window
-    python babilong_eval.py --memory on off other --rag 10           # all the ways of asking
+    python babilong_eval.py --memory on off other --rag 10 --out all.jsonl   # all ways of asking
     python babilong_eval.py --ckpt lm2=out/ckpt.pt rmt=out/rmt/ckpt.pt --compare "lm2 on" "rmt on"
-    python babilong_eval.py --source babilong --path babilong --lengths 0k 1k   # published samples
+    python babilong_eval.py --source babilong --path babilong --lengths 0k 1k --out published.jsonl
     python babilong_eval.py --from_predictions out/predictions.jsonl   # the tables of a file again
 
-Writes predictions.jsonl, a line for each answer, beside the first checkpoint or to --out. A run
-that was cut short goes on there. Prints the tables of the answers, see data/metrics.py.
+Prints tables and writes predictions.jsonl, a line for each answer, beside the first checkpoint or
+to --out. A run that was cut short goes on there, and so does one that asks for more samples.
 
 With memory `on` the document is read as in training. `off` reads every segment as a document of
 its own, so that only the last one can help. `other` gives the last segment the memory that another
 document has left. `rag` reads, in place of the document, the sentences of it that BM25 finds
 closest to the question.
+
+Two metrics are shown. `exact` is exact match of the answer, the headline. `official` is the
+benchmark's own metric with its faults: a perfect model gets about 53 % on qa7, where "none" holds
+the label "one".
 """
 
 import hashlib
@@ -23,6 +27,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,48 +42,57 @@ from data.common import (
     one_line,
     peak_memory,
     pick_device,
+    replacing,
     save_json,
 )
 from data.document import Document, length_name, read_lengths
-from data.metrics import (  # noqa: F401  the scripts in assets take some of them from here
-    BLOCKS,
-    GROUPS,
-    cells,
-    column,
-    compare,
-    official_score,
-    percent,
-    pooled,
-    report_cost,
-    share,
-    table,
-    wilson,
-)
-from data.predictions import MODES, Predictions, load
 from data.published import Downloaded, published_table
 from data.tokenizer import Tokenizer, of_checkpoint
 from lm2 import LM2, RMT, State, load_checkpoint
 
 Model = LM2 | RMT
 
+# -------------------------------------------------------------------------------------------------
+# What is asked
 
-def check_cells(samples: Samples, tasks: Iterable[str], lengths: Iterable[int]) -> dict[str, str]:
-    """A fingerprint of the samples of each cell: of the first one, or of the whole published file.
+MODES = ("on", "off", "other", "rag")  # the uses of the memory
 
-    ValueError, before any time is spent, for an unknown task or a length too short for its
-    facts."""
-    prints = {}
+Work = list[tuple[str, int, int]]  # (task, length, number of samples) of each cell
+Key = tuple[str, str, int, int, str]  # (model, task, length, i, mode): what one answer answers
+
+
+def check_cells(samples: Samples, tasks: Iterable[str], lengths: Iterable[int]) -> None:
+    """ValueError, before any time is spent, for an unknown task, a length too short for its facts
+    or a published file that cannot be read."""
     for task in tasks:
         if task not in TASKS:
             raise ValueError(f"task {task!r} is unknown: choose from {' '.join(TASKS)}")
         for length in lengths:
-            d = samples(task, length, 0)
-            text = d.ids.tobytes()
-            if isinstance(samples, Downloaded):
-                text = json.dumps(samples.rows(task, length)).encode()
-            digest = hashlib.blake2b(text, digest_size=8).hexdigest()
-            prints[f"samples of {task} {length_name(length)}"] = digest
-    return prints
+            samples(task, length, 0)
+
+
+def batches(n: int, size: int, pairs: bool) -> list[range]:
+    """0 .. n in batches of `size`.
+
+    With `pairs` every batch has two or more, as each document lends its memory to another one."""
+    size = max(2, size // 2 * 2) if pairs else max(1, size)
+    starts = list(range(0, n, size))
+    if pairs and len(starts) > 1 and n - starts[-1] == 1:
+        starts.pop()  # the batch before takes the one that would be left alone
+    stops = [*starts[1:], n]
+    return [range(start, stop) for start, stop in zip(starts, stops, strict=True)]
+
+
+def neighbour(i: int, n: int) -> int:
+    """The one of n documents that lends its memory to document i.
+
+    They lend in pairs. The last of an odd number borrows from the one before it."""
+    partner = i + 1 if i % 2 == 0 else i - 1
+    return partner if partner < n else i - 1
+
+
+# -------------------------------------------------------------------------------------------------
+# How a document is read and answered
 
 
 def of_rows(state: State, rows: list[int]) -> State:
@@ -141,14 +156,14 @@ def answer(
 
     state  what the last segments of the prompts find, a row each, such as `read_before_last` gives.
            None is memory off: a token is predicted from its own segment alone."""
-    S = model.cfg.segment_len
-    texts = [prompt[last_segment(prompt, S) :].tolist() for prompt in prompts]
+    segment_len = model.cfg.segment_len
+    texts = [prompt[last_segment(prompt, segment_len) :].tolist() for prompt in prompts]
     answers = [[] for _ in prompts]
     active = list(range(len(prompts)))  # those whose answers have not ended
     for _ in range(most):
         if state is None:
             # An answer may go on in the next segment, which is a document of its own then.
-            seen = [texts[i][last_segment(texts[i], S) :] for i in active]
+            seen = [texts[i][last_segment(texts[i], segment_len) :] for i in active]
             found = None
         else:
             seen = [texts[i] for i in active]
@@ -166,26 +181,12 @@ def answer(
     return [tokenizer.decode(ids).strip() for ids in answers]
 
 
-def batches(n: int, size: int, pairs: bool) -> list[range]:
-    """0 .. n in batches of `size`; with `pairs` every batch has two or more, as each document lends
-    its memory to another one."""
-    size = max(2, size // 2 * 2) if pairs else max(1, size)
-    starts = list(range(0, n, size))
-    if pairs and len(starts) > 1 and n - starts[-1] == 1:
-        starts.pop()  # the last batch takes the one that would be left alone
-    stops = [*starts[1:], n]
-    return [range(a, b) for a, b in zip(starts, stops, strict=True)]
+class Answers(NamedTuple):
+    """The answers to a batch of documents in one mode."""
 
-
-def neighbour(j: int, n: int) -> int:
-    """Of n documents the one that lends its memory to document j: they lend in pairs, and the last
-    of an odd number borrows from the one before it."""
-    partner = j + 1 if j % 2 == 0 else j - 1
-    return partner if partner < n else j - 1
-
-
-# Of each mode: the answers, whether retrieval found what is needed, the seconds a document took.
-Answers = dict[str, tuple[list[str], list[bool | None], float]]
+    outputs: list[str]
+    found: list[bool | None]  # whether retrieval found all that is needed
+    seconds: float  # that a document took
 
 
 def ask(
@@ -194,13 +195,13 @@ def ask(
     documents: list[Document],
     modes: Iterable[str],
     n_sentences: int,
-) -> Answers:
+) -> dict[str, Answers]:
     """Answers to a batch of documents in each mode. On a GPU layers multiply in bfloat16.
 
     n_sentences  how many sentences mode `rag` reads"""
     on_gpu = model.norm.weight.is_cuda
     prompts = [document.prompt() for document in documents]
-    answers: Answers = {}
+    answers = {}
     with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
         reading = 0.0
         if "on" in modes or "other" in modes:
@@ -222,19 +223,15 @@ def ask(
             elif mode == "off":
                 outputs = answer(model, tokenizer, prompts, None)
             elif mode == "other":
-                lenders = [neighbour(j, len(prompts)) for j in range(len(prompts))]
+                lenders = [neighbour(i, len(prompts)) for i in range(len(prompts))]
                 outputs = answer(model, tokenizer, prompts, of_rows(state, lenders))
             else:
                 outputs = answer(model, tokenizer, prompts, state)
             seconds = time.perf_counter() - start
             if mode in ("on", "other"):
                 seconds += reading
-            answers[mode] = outputs, found, seconds / len(documents)
+            answers[mode] = Answers(outputs, found, seconds / len(documents))
     return answers
-
-
-Work = list[tuple[str, int, int]]  # (task, length, samples) of each cell
-Key = tuple[str, str, int, int, str]  # (model, task, length, i, mode) of an answer
 
 
 def evaluate(
@@ -251,9 +248,13 @@ def evaluate(
 ) -> Iterator[list[dict]]:
     """Yield the predictions of these cells, batch by batch. Those in `done` are not asked again.
 
-    A prediction has model, task, length, i, memory, question, target, output, outside, found and
-    seconds (a sample's share of its batch)."""
-    training = model.training
+    A prediction has model, task, length, i, memory, question, target, output, outside (whether all
+    needed facts lie before the last segment), found (whether retrieval has them) and seconds.
+
+    rag         how many sentences mode `rag` reads
+    max_tokens  tokens of prompts in a batch, at most
+    show        whether there is a bar, if standard error is a terminal"""
+    was_training = model.training
     model.eval()
     bar = tqdm(
         total=sum(length * n for _, length, n in work),
@@ -264,26 +265,24 @@ def evaluate(
         leave=False,
     )
     for task, length, n in work:
-        bar.set_postfix(cell=f"{task} {length_name(length)}", refresh=False)
+        bar.set_postfix(cell=f"{task} {length_name(length)}")
         batch_size = max_tokens // max(length, 3000)
         for batch in batches(n, batch_size, pairs="other" in modes):
-            bar.update(length * len(batch))
             left = []
             for mode in modes:
                 if any((name, task, length, i, mode) not in done for i in batch):
                     left.append(mode)
-            if not left:
-                continue
-            documents = [samples(task, length, i) for i in batch]
-            rows = []
-            for mode, answers in ask(model, tokenizer, documents, left, rag).items():
-                outputs, found, seconds = answers
-                for j, i in enumerate(batch):
-                    if (name, task, length, i, mode) in done:
-                        continue
-                    question = documents[j].questions[0]
-                    rows.append(
-                        dict(
+            if left:
+                documents = [samples(task, length, i) for i in batch]
+                answers = ask(model, tokenizer, documents, left, rag)
+                rows = []
+                for mode in left:
+                    outputs, found, seconds = answers[mode]
+                    for j, i in enumerate(batch):
+                        if (name, task, length, i, mode) in done:
+                            continue
+                        question = documents[j].questions[0]
+                        row = dict(
                             model=name,
                             task=task,
                             length=length,
@@ -296,51 +295,541 @@ def evaluate(
                             found=found[j],
                             seconds=round(seconds, 5),
                         )
-                    )
-            yield rows
+                        rows.append(row)
+                yield rows
+            bar.update(length * len(batch))
     bar.close()
-    model.train(training)
+    model.train(was_training)
 
 
-def forecast(
-    model: Model,
-    tokenizer: Tokenizer,
-    samples: Samples,
-    work: Work,
-    modes: list[str],
-    rag: int,
-    max_tokens: int = 200_000,
-    longest: float = 64_000,
-) -> float:
-    """The seconds that this work will take.
+# -------------------------------------------------------------------------------------------------
+# Scores
 
-    One batch of each length up to `longest` is tried: samples of all tasks in turn, at most a
-    twentieth of them, but at least two. Beyond, time grows with the length."""
-    tried: dict[int, list[tuple[str, int]]] = {}  # length -> (task, n) of its cells
-    for task, length, n in work:
-        tried.setdefault(min(length, longest), []).append((task, n))
-    seconds_a_sample: dict[int, float] = {}
-    for length in sorted(tried):
-        in_turn = []
-        for i in range(max(n for _, n in tried[length])):
-            in_turn.extend((task, i) for task, n in tried[length] if i < n)
-        few = max(2, min(len(in_turn) // 20, max_tokens // max(length, 3000)))
-        chosen = (in_turn * 2)[:few]  # twice, as there may be only one
-        n_calls = 1 if seconds_a_sample else 2  # the first call of a process is slow
-        for _ in range(n_calls):
-            start = time.perf_counter()
-            documents = [samples(task, length, i) for task, i in chosen]
-            ask(model, tokenizer, documents, modes, rag)
-            seconds_a_sample[length] = (time.perf_counter() - start) / few
-    total = 0.0
-    for _, length, n in work:
-        times_longer = max(1, length / longest)
-        total += seconds_a_sample[min(length, longest)] * times_longer * n
-    return total
+ROOMS = ["bathroom", "bedroom", "garden", "hallway", "kitchen", "office"]
+YES_NO = ["yes", "no"]
+# The labels that the benchmark looks for in an output
+# (github.com/booydar/babilong, metrics.py, Apache-2.0).
+LABELS = {
+    "qa1": ROOMS,
+    "qa2": ROOMS,
+    "qa3": ROOMS,
+    "qa4": ROOMS,
+    "qa5": ["Bill", "Fred", "Jeff", "Mary", "apple", "football", "milk"],
+    "qa6": YES_NO,
+    "qa7": ["none", "one", "two", "three"],
+    "qa8": ["apple", "football", "milk", "nothing"],
+    "qa9": YES_NO,
+    "qa10": ["yes", "no", "maybe"],
+    "qa11": ROOMS,
+    "qa12": ROOMS,
+    "qa13": ROOMS,
+    "qa14": ["bedroom", "cinema", "kitchen", "office", "park", "school"],
+    "qa15": ["cat", "mouse", "sheep", "wolf"],
+    "qa16": ["gray", "green", "white", "yellow"],
+    "qa17": YES_NO,
+    "qa18": YES_NO,
+    "qa19": ["n,n", "n,e", "n,w", "e,n", "e,e", "e,s", "s,e", "s,s", "s,w", "w,n", "w,s", "w,w"],
+    "qa20": ["bedroom", "bored", "garden", "hungry", "kitchen", "thirsty", "tired"],
+}
+
+
+def official_score(task: str, target: str, output: str, question: str) -> bool:
+    """The benchmark's published metric, faults included ("none" holds "one", "know" holds "no").
+
+    A label counts as given if it is a substring of the output's first sentence and not of the
+    question. The target has to be the one label given. If the target has commas, every part of it
+    has to be given, and no label besides."""
+    output = output.lower()
+    target = target.lower()
+    question = question.lower()
+    for end in (".", "<context>", "<example>"):
+        output, _, _ = output.partition(end)
+    given = set()
+    for label in LABELS[task]:
+        label = label.lower()
+        if label in output and label not in question:
+            given.add(label)
+    if "," in target and len(target) > 3:  # of 3 characters is a path of qa19, such as s,e
+        parts = target.split(",")
+        return all(part in given for part in parts) and len(given) == len(parts)
+    return given == {target}
+
+
+def exact_match(target: str, output: str) -> bool:
+    """Whether the two are equal, apart from case, surrounding space and a final full stop."""
+    return output.strip().removesuffix(".").strip().lower() == target.strip().lower()
+
+
+def score(metric: str, row: dict) -> bool:
+    """Whether a prediction is right by a metric, "exact" or "official"."""
+    if metric == "exact":
+        return exact_match(row["target"], row["output"])
+    return official_score(row["task"], row["target"], row["output"], row["question"])
+
+
+def count_right(metric: str, rows: list[dict]) -> int:
+    """How many of these predictions are right."""
+    return sum(score(metric, row) for row in rows)
+
+
+def floor(metric: str, rows: list[dict]) -> int:
+    """How many of these questions the best constant answer would get right: one of their targets,
+    as no other answer is right anywhere."""
+    best = 0
+    for constant in {row["target"] for row in rows}:
+        answered = [row | dict(output=constant) for row in rows]
+        best = max(best, count_right(metric, answered))
+    return best
+
+
+def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share, as two shares; (0, 1) without any sample."""
+    if n == 0:
+        return 0.0, 1.0
+    p = hits / n
+    scale = 1 + z * z / n
+    centre = (p + z * z / (2 * n)) / scale
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """McNemar's exact test, two-sided, of two models that differ on only_a + only_b questions.
+
+    It is the probability of so uneven a split, if each of the two is as likely as the other to be
+    the one that is right."""
+    n = only_a + only_b
+    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+# -------------------------------------------------------------------------------------------------
+# Tables
+
+
+def column(row: dict) -> str:
+    """The name of a column, such as "lm2 on". It may be that of a prediction or of a cell."""
+    return f"{row['model']} {row['memory']}"
+
+
+def cells(rows: Iterable[dict]) -> list[dict]:
+    """The counts of every model, memory mode, task and length: what tables and pictures show.
+
+    A cell has n, exact and official (right answers), floor and floor_official (those of the best
+    constant answer). outside_n, outside_exact and floor_outside count only the samples whose needed
+    facts all lie before the last segment. found_n and found are there for mode `rag`: the samples
+    whose needed facts are known, and those for which retrieval has them all."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        place = (row["model"], row["memory"], row["task"], row["length"])
+        groups.setdefault(place, []).append(row)
+    figures = []
+    for (model, memory, task, length), group in groups.items():
+        outside = [row for row in group if row["outside"]]
+        cell = dict(
+            model=model,
+            memory=memory,
+            task=task,
+            length=length,
+            n=len(group),
+            exact=count_right("exact", group),
+            floor=floor("exact", group),
+            official=count_right("official", group),
+            floor_official=floor("official", group),
+            outside_n=len(outside),
+            outside_exact=count_right("exact", outside),
+            floor_outside=floor("exact", outside),
+        )
+        found = [row["found"] for row in group if row["found"] is not None]
+        if found:
+            cell["found_n"] = len(found)
+            cell["found"] = sum(found)
+        figures.append(cell)
+    return figures
+
+
+def share(figures: list[dict], n_key: str, hits_key: str) -> float:
+    """The mean over cells of the share of hits."""
+    return sum(cell[hits_key] / cell[n_key] for cell in figures) / len(figures)
+
+
+def pooled(figures: list[dict], n_key: str, hits_key: str) -> tuple[float, float]:
+    """Hits and samples of one share that is as certain as the mean over these cells.
+
+    Of one cell they are its own. The samples are more than all cells have together where the shares
+    differ, and fewer where the cells' sizes do."""
+    each = []  # (likely share, samples) of each cell; even 0 of n leaves a doubt
+    for cell in figures:
+        each.append(((cell[hits_key] + 1) / (cell[n_key] + 2), cell[n_key]))
+    mean = sum(p for p, _ in each) / len(each)
+    variance = sum(p * (1 - p) / size for p, size in each)  # of the sum over cells
+    n = mean * (1 - mean) * len(each) ** 2 / variance
+    return share(figures, n_key, hits_key) * n, n
+
+
+def percent(hits: float, n: int) -> str:
+    """Share and interval in %, at most 13 characters; "-" without a sample."""
+    if not n:
+        return "-"
+    low, high = wilson(hits, n)
+    if hits >= n:
+        return f"100 [{100 * low:.0f},100]"
+    return f"{min(99.9, 100 * hits / n):.1f} [{min(99, round(100 * low))},{100 * high:.0f}]"
+
+
+GROUPS = {  # the means that a table shows, and of which tasks
+    "qa1-5": [f"qa{i}" for i in range(1, 6)],
+    "qa1-10": [f"qa{i}" for i in range(1, 11)],
+}
+BLOCKS = {  # the title of a block, and the fields of a cell for it: samples, right answers, floor
+    "exact": ("exact match in %", "n", "exact", "floor"),
+    "outside": (
+        "exact match in %, facts outside the window",
+        "outside_n",
+        "outside_exact",
+        "floor_outside",
+    ),
+    "official": ("the benchmark's own metric in %", "n", "official", "floor_official"),
+    "found": ("retrieval has all needed facts, in %", "found_n", "found", None),
+}
+ACROSS = 4  # columns that stand beside each other
+
+NOTES = """\
+[ , ]: Wilson's 95 % interval. floor: the best constant answer on these samples.
+outside the window: all needed facts lie before the last segment. Memory off:
+every segment is a document of its own. other: the memory of another document."""
+
+
+def table(figures: list[dict], metrics: Iterable[str] = ("exact", "official")) -> str:
+    """All tables of these cells, at most 80 columns wide.
+
+    "exact" shows exact match, the same of samples whose facts lie outside the window, and the share
+    that retrieval has found; "official" the benchmark's own metric."""
+    names = []
+    for metric in metrics:
+        if metric == "exact":
+            names.extend(["exact", "outside", "found"])
+        else:
+            names.append(metric)
+    parts = []
+    for name in names:
+        lines = block(figures, name)
+        if lines:
+            parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts) + NOTES
+
+
+def block(figures: list[dict], name: str) -> list[str]:
+    """The lines of one block: task and length down, columns across, then the means over tasks.
+
+    More columns than fit stand in further parts below. Columns of other numbers of samples have
+    lines of their own."""
+    title, n_key, _, _ = BLOCKS[name]
+    by_place = {}  # (column, task, length) -> cell
+    for cell in figures:
+        if cell.get(n_key):
+            by_place[column(cell), cell["task"], cell["length"]] = cell
+    columns = list(dict.fromkeys(column_name for column_name, _, _ in by_place))
+    tasks = sorted({task for _, task, _ in by_place}, key=lambda task: int(task[2:]))
+    groups = {task: [task] for task in tasks} | GROUPS
+    lengths = sorted({length for _, _, length in by_place})
+    lines = []
+    for start in range(0, len(columns), ACROSS):
+        part = columns[start : start + ACROSS]
+        heads = "".join(f" {short_name(column_name):>13}" for column_name in part)
+        if start > 0:
+            lines.append("")
+        lines.append(title)
+        lines.append(f"{'task':>6} {'length':>6} {'n':>4} {'floor':>5}{heads}")
+        for group, members in groups.items():
+            for length in lengths:
+                found = []  # the cells of each column, if it has all of the group
+                for column_name in part:
+                    places = [(column_name, task, length) for task in members]
+                    is_whole = all(place in by_place for place in places)
+                    found.append([by_place[place] for place in places] if is_whole else [])
+                lines.extend(lines_of_group(name, group, length, found))
+    return lines
+
+
+def lines_of_group(name: str, group: str, length: int, found: list[list[dict]]) -> list[str]:
+    """The lines of a task or a mean over tasks at one length: one for each number of samples.
+
+    found  the cells of each column, with none if it shows "-"
+    """
+    _, n_key, hits_key, floor_key = BLOCKS[name]
+    sizes = [tuple(cell[n_key] for cell in figures) for figures in found]
+    lines = []
+    for size in dict.fromkeys(sizes):
+        if not size:
+            continue
+        n = sum(size)
+        shown_n = str(n) if n < 10_000 else f"{n // 1000}k"
+        shown_floor = ""
+        if floor_key:
+            base = found[sizes.index(size)]
+            shown_floor = f"{100 * share(base, n_key, floor_key):.1f}"
+        line = f"{group:>6} {length_name(length):>6} {shown_n:>4} {shown_floor:>5}"
+        for figures, own_size in zip(found, sizes, strict=True):
+            shown = "-"
+            if own_size == size:
+                shown = percent(*pooled(figures, n_key, hits_key))
+            line += f" {shown:>13}"
+        lines.append(line)
+    return lines
+
+
+def short_name(column_name: str) -> str:
+    """A column's name in 13 characters: the end of the model's name, and the mode."""
+    model, _, mode = column_name.rpartition(" ")
+    return f"{model[len(mode) - 12 :]} {mode}"
+
+
+def compare(rows: list[dict], a: str, b: str, metric: str = "exact") -> str:
+    """McNemar's test between two columns, such as "lm2 on" and "lm2 off", by task and length.
+
+    It pairs the answers to questions of the same text and target. ValueError for a column that is
+    not there, or if the two have answered no question in common."""
+    right: dict[str, dict[tuple, bool]] = {}  # of each column: whether its answers are right
+    for row in rows:
+        question = (row["task"], row["length"], row["i"], row["question"], row["target"])
+        right.setdefault(column(row), {})[question] = score(metric, row)
+    for name in (a, b):
+        if name not in right:
+            there = ", ".join(repr(other) for other in right)
+            raise ValueError(f"column {name!r} is not there: choose from {there}")
+    pairs = {}  # by cell: whether A and B are right, of each question
+    for question, is_right in right[a].items():
+        if question in right[b]:
+            task, length, *_ = question
+            place = (task, length_name(length))
+            pairs.setdefault(place, []).append((is_right, right[b][question]))
+    if not pairs:
+        raise ValueError(
+            f"{a!r} and {b!r} have answered no question in common: ask both the same samples"
+        )
+    lines = [
+        f"{metric}: A = {a}, B = {b}",
+        f"{'task':>6} {'length':>6} {'n':>5} {'A %':>6} {'B %':>6} {'only A':>7} {'only B':>7} "
+        f"{'p':>8}",
+    ]
+    for (task, length), of_cell in pairs.items():
+        lines.append(line_of_pairs(task, length, of_cell))
+    if len(pairs) > 1:
+        of_all = []
+        for of_cell in pairs.values():
+            of_all.extend(of_cell)
+        lines.append(line_of_pairs("all", "", of_all))
+    lines.append("p: McNemar's exact test, two-sided, on the same questions; not corrected for the")
+    lines.append("number of lines.")
+    n_apart = len(right[a].keys() ^ right[b].keys())
+    if n_apart:
+        lines.append(f"{n_apart:,} answers have no partner to the same question and are left out.")
+    return "\n".join(lines)
+
+
+def line_of_pairs(task: str, length: str, pairs: list[tuple[bool, bool]]) -> str:
+    """A line of a comparison. pairs: whether A and whether B is right, of each question"""
+    n = len(pairs)
+    percent_a = 100 * sum(a for a, _ in pairs) / n
+    percent_b = 100 * sum(b for _, b in pairs) / n
+    only_a = pairs.count((True, False))
+    only_b = pairs.count((False, True))
+    p = mcnemar(only_a, only_b)
+    shown_p = "< .0001" if p < 1e-4 else f"{p:.4f}"
+    return (
+        f"{task:>6} {length:>6} {n:5} {percent_a:6.1f} {percent_b:6.1f} {only_a:7} {only_b:7} "
+        f"{shown_p:>8}"
+    )
+
+
+def report_cost(rows: list[dict]) -> str:
+    """Seconds a sample of each model, length and mode, and the tokens that are read a second."""
+    groups: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for row in rows:
+        by_mode = groups.setdefault((row["model"], row["length"]), {})
+        by_mode.setdefault(row["memory"], []).append(row["seconds"])
+    lines = ["seconds a sample"]
+    for (model, length), by_mode in groups.items():
+        means = {mode: sum(seconds) / len(seconds) for mode, seconds in by_mode.items()}
+        line = f"{model} {length_name(length)}: "
+        line += ", ".join(f"{mode} {mean:.3f}" for mode, mean in means.items())
+        if length and means.get("on"):
+            line += f"; {length / means['on']:,.0f} tokens/s"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------
+# The file of answers: a line of settings for each model, and a line for each answer
+
+FIELDS = dict(  # the fields of an answer, and of what types they may be
+    model=(str,),
+    task=(str,),
+    length=(int,),
+    i=(int,),
+    memory=(str,),
+    question=(str,),
+    target=(str,),
+    output=(str,),
+    outside=(bool, NoneType),
+    found=(bool, NoneType),
+    seconds=(int, float),
+)
+DEFAULTS = dict(model="lm2", found=None, seconds=0.0)  # the fields that older files lack
+
+
+def key_of(row: dict) -> Key:
+    """What a prediction answers."""
+    return row["model"], row["task"], row["length"], row["i"], row["memory"]
+
+
+def is_settings(row: object) -> bool:
+    """Whether a line of a file holds the settings of a model."""
+    settings = row.get("settings") if isinstance(row, dict) else None
+    return isinstance(settings, dict) and isinstance(settings.get("model"), str)
+
+
+def is_prediction(row: object) -> bool:
+    """Whether a line of a file holds an answer, and all of its fields are as they should be."""
+    if not isinstance(row, dict):
+        return False
+    for name, types in FIELDS.items():
+        if name not in row or type(row[name]) not in types:
+            return False
+    is_known = row["task"] in LABELS and row["memory"] in MODES
+    return is_known and row["length"] >= 0 and row["i"] >= 0
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file, but for a last one that a killed run has not finished.
+
+    A lone line without its end is kept: no run leaves it, so the file is not one of answers."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    if len(lines) > 1 and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    return lines
+
+
+def parse(path: Path, lines: list[bytes]) -> tuple[dict[str, dict], list[dict]]:
+    """The settings of each model, and the predictions, in the lines of a file.
+
+    ValueError for a line that is neither, or that answers what was answered before."""
+    settings = {}
+    rows = []
+    seen = set()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            row = None
+        if is_settings(row):
+            settings[row["settings"]["model"]] = row["settings"]
+            continue
+        if isinstance(row, dict):
+            row = DEFAULTS | row
+        if not is_prediction(row):
+            raise ValueError(
+                f"{path} line {number} is no prediction: give another file, or run the evaluation "
+                "again"
+            )
+        if key_of(row) in seen:
+            raise ValueError(
+                f"{path} line {number} answers {key_of(row)} again: take one of the two out"
+            )
+        seen.add(key_of(row))
+        rows.append(row)
+    return settings, rows
+
+
+def load(path: str | Path) -> list[dict]:
+    """The predictions of a file. ValueError, naming the line, for a file of something else."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: name a predictions.jsonl")
+    _, rows = parse(path, whole_lines(path))
+    if not rows:
+        raise ValueError(f"{path} holds no prediction: run the evaluation again")
+    return rows
+
+
+def as_lines(values: list[dict]) -> bytes:
+    """JSON, a line for each value."""
+    text = ""
+    for value in values:
+        text += json.dumps(value, ensure_ascii=False) + "\n"
+    return text.encode("utf-8")
+
+
+def save(rows: list[dict], path: Path) -> None:
+    """Write rows to `path`. An older file stays until the new one is complete."""
+    with replacing(path) as partial:
+        partial.write_bytes(as_lines(rows))
+
+
+class Predictions:
+    """The file of a run, which goes on with the answers that are there: `rows`, and `done`, what
+    they answer.
+
+    settings  of each model of this run what its answers depend on, with its name as `model`
+    again     throw away what is there
+
+    ValueError, and nothing is written, if the file is not one of answers or if its answers were
+    made with other settings."""
+
+    def __init__(self, path: Path, settings: list[dict], again: bool = False):
+        lines = whole_lines(path) if path.is_file() else []
+        known, self.rows = parse(path, lines)
+        if again:
+            lines = []
+            known = {}
+            self.rows = []
+        check_settings(path, known, self.rows, settings)
+        self.done = {key_of(row) for row in self.rows}
+        new = [dict(settings=own) for own in settings if own["model"] not in known]
+        with replacing(path) as partial:
+            partial.write_bytes(b"".join(lines) + as_lines(new))
+        self.file = open(path, "ab")  # noqa: SIM115
+
+    def add(self, rows: list[dict]) -> None:
+        """Keep rows, and write them at once."""
+        self.rows += rows
+        self.file.write(as_lines(rows))
+        self.file.flush()
+
+
+def check_settings(
+    path: Path, known: dict[str, dict], rows: list[dict], settings: list[dict]
+) -> None:
+    """ValueError if answers of a file were not made with the settings of this run.
+
+    known  the settings of each model in the file, whose predictions are `rows`"""
+    mend = "give another --out, or --again to replace all in it"
+    for row in rows:
+        if row["model"] not in known:
+            raise ValueError(f"{path} has answers of {row['model']} without their settings: {mend}")
+    wanted = {own["model"]: own for own in settings}
+    for model, old in known.items():
+        if model in wanted:
+            new = wanted[model]
+        else:  # not asked in this run: all but the model has to be the same
+            new = settings[0] | dict(model=model, checkpoint=old.get("checkpoint"))
+        for name in [*new, *old]:
+            have = old.get(name, "missing")
+            want = new.get(name, "missing")
+            if have != want:
+                raise ValueError(
+                    f"{path} has answers of {model} with {name} {have}, not {want}: {mend}"
+                )
+
+
+# -------------------------------------------------------------------------------------------------
+# The command line
 
 
 def name_and_path(text: str) -> tuple[str, Path]:
-    """Of NAME=PATH both, of PATH, which may hold "=" itself, no name."""
+    """The name and the path of NAME=PATH. Of a mere PATH, which may hold "=" itself, the name is
+    empty."""
     name, equals, path = text.partition("=")
     if equals and not Path(text).is_file():
         return name, Path(path)
@@ -351,116 +840,140 @@ def name_and_path(text: str) -> tuple[str, Path]:
 class Loaded:
     """A checkpoint as the evaluation uses it."""
 
+    name: str
     model: Model
     tokenizer: Tokenizer
-    train: dict  # of the training: tasks, background, ...
+    train: dict  # the settings of its training: tasks, background, ...
     digest: str  # a fingerprint of the file
 
 
-def read_models(texts: list[str], device: torch.device) -> dict[str, Loaded]:
-    """The checkpoints by name: the one given with NAME=PATH, otherwise "lm2", "rmt" or "llama" for
-    a single one and its folder for one of several."""
-    models = {}
+def read_models(texts: list[str], device: torch.device) -> list[Loaded]:
+    """The checkpoints that were given as PATH or NAME=PATH.
+
+    Without a name, a single one is called "lm2", "rmt" or "llama" and one of several by its folder.
+    ValueError for two of one name."""
+    models = []
     for text in texts:
         name, path = name_and_path(text)
         model, content = load_checkpoint(path, device)
         if not name:
             name = model.cfg.kind if len(texts) == 1 else path.resolve().parent.name
-        if name in models:
+        if name in [other.name for other in models]:
             raise ValueError(f"--ckpt: two models are called {name!r}, give NAME=PATH")
-        models[name] = Loaded(
-            model,
-            of_checkpoint(content, path),
-            content.get("train", {}),
-            hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest(),
-        )
+        tokenizer = of_checkpoint(content, path)
+        digest = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+        models.append(Loaded(name, model, tokenizer, content.get("train", {}), digest))
     return models
 
 
 def read_flags(argv: list[str] | None):
+    """The flags, with the modes that they ask for as `modes`."""
     parser = Parser("babilong_eval.py", __doc__.split("\n")[0])
     add = parser.add_argument
     add(
         "--ckpt",
         nargs="+",
         default=["out/ckpt.pt"],
-        help="checkpoints of train.py, as PATH or NAME=PATH (default out/ckpt.pt)",
+        help="The checkpoints of train.py to evaluate, as PATH or NAME=PATH (default out/ckpt.pt).",
     )
     add(
         "--tasks",
         nargs="+",
-        help="bAbI tasks, such as qa1 qa2 (default those that the model was trained on)",
+        help="The bAbI tasks to ask, such as qa1 qa2. Without it, those of the first model's "
+        "training are asked.",
     )
     add(
         "--lengths",
         nargs="+",
         default=["0k", "1k", "2k", "4k", "8k", "16k"],
-        help="tokens of facts and background: 0k has no background, 64k:25 asks 25 samples "
-        "(default 0k 1k 2k 4k 8k 16k)",
+        help="The lengths of the documents in tokens. 0k has facts alone, and 64k:25 asks 25 "
+        "samples (default 0k 1k 2k 4k 8k 16k).",
     )
-    add("--n", type=int, default=200, help="samples of each task and length (default 200)")
+    add(
+        "--n",
+        type=int,
+        default=200,
+        help="The number of samples of each task and length (default 200).",
+    )
     add(
         "--memory",
         nargs="+",
         default=["on", "off"],
         choices=("on", "off", "other", "none"),
-        help="on: as trained; off: every segment is a document of its own; other: with the memory "
-        "of another document; none: only what --rag asks (default on off)",
+        help="How the memory is used. on: as in training. off: every segment is a document of its "
+        "own. other: with the memory of another document. none: only --rag asks (default on off).",
     )
     add(
         "--rag",
         type=int,
         default=0,
-        help="ask also with the K sentences that BM25 finds closest to the question, in place of "
-        "the document (default 0, which does not)",
+        metavar="K",
+        help="Ask also with the K sentences that BM25 finds closest to the question, in place of "
+        "the document. With 0 this is not asked (default 0).",
     )
     add(
         "--metric",
         nargs="+",
         default=["exact", "official"],
         choices=("exact", "official"),
-        help="what the tables show (default exact official)",
+        help="The metrics that the tables show: exact match, and the benchmark's own (default "
+        "exact official).",
     )
     add(
         "--source",
         default="generated",
         choices=("generated", "babi", "babilong"),
-        help="stories are generated, or of original bAbI files, or the published samples "
-        "(default generated)",
+        help="Where the samples come from. Stories are generated, or read from original bAbI "
+        "files. babilong takes the published samples as they are (default generated).",
     )
-    add("--path", help="file or folder of --source babi or babilong (default none)")
-    add("--background", help="folder of .txt files (default Python's own documentation)")
+    add("--path", help="The file or folder that --source babi or babilong reads.")
+    add(
+        "--background",
+        help="A folder of .txt files to hide facts in. Without it, Python's documentation is used.",
+    )
     add(
         "--count",
         default="own",
         choices=COUNTS,
-        help="what a length counts: the model's tokens, GPT-2's, or 4.4 characters; with the last "
-        "two 4k is 3,700 as in the published files (default own)",
+        help="What a length counts: the model's tokens, GPT-2's, or 4.4 characters. With the last "
+        "two 4k is 3,700, as in the published files (default own).",
     )
-    add("--seed", type=int, default=0, help="seed of the samples (default 0)")
+    add("--seed", type=int, default=0, help="The seed of the samples (default 0).")
     add(
         "--max_tokens",
         type=int,
         default=200_000,
-        help="tokens of prompts that are held at once (default 200000)",
+        help="A batch has at most this many tokens of prompts (default 200000).",
     )
-    add("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    add("--out", help="file for the answers (default predictions.jsonl beside the checkpoint)")
+    add(
+        "--device",
+        default="auto",
+        help="The device to compute on: auto, cpu or cuda (default auto).",
+    )
+    add(
+        "--out",
+        help="The file for the answers. Without it, they go to predictions.jsonl beside the first "
+        "checkpoint.",
+    )
     add(
         "--again",
         action="store_true",
-        help="replace all answers in --out, of other models too, instead of going on (default off)",
+        help="Replace all answers in --out, those of other models too, instead of going on.",
     )
     add(
         "--compare",
         nargs=2,
         metavar=("A", "B"),
-        help='add McNemar\'s test between two columns, such as "lm2 on" "lm2 off", on the '
-        "questions that both have answered (default none)",
+        help='Print McNemar\'s test between two columns, such as "lm2 on" "lm2 off", on the '
+        "questions that both have answered.",
     )
-    add("--figures", help="write the counts of every cell to this JSON file (default none)")
-    add("--from_predictions", help="only print the tables of this file again (default none)")
-    add("--published", action="store_true", help="print the papers' own rows too (default off)")
+    add("--figures", help="Write the counts of every cell to this JSON file.")
+    add(
+        "--from_predictions",
+        metavar="FILE",
+        help="Ask nothing, and print the tables of this file of answers.",
+    )
+    add("--published", action="store_true", help="Print the figures of the papers, too.")
     args = parser.parse_args(argv)
     if args.n < 1 or args.max_tokens < 1 or args.rag < 0:
         parser.error(
@@ -487,7 +1000,8 @@ def check_figures(args, out: str | Path) -> None:
     path = Path(args.figures)
     taken = [Path(out).resolve()]
     for text in args.ckpt:
-        taken.append(name_and_path(text)[1].resolve())
+        _, checkpoint = name_and_path(text)
+        taken.append(checkpoint.resolve())
     is_new_json = path.suffix == ".json" and not path.is_dir() and path.parent.is_dir()
     if not is_new_json or path.resolve() in taken:
         raise ValueError(f"--figures {path}: name a new .json file in a folder that is there")
@@ -500,8 +1014,28 @@ def check_out(args, out: Path) -> None:
             f"--out {out} is a folder or in none: name a file in a folder that is there"
         )
     for text in args.ckpt:
-        if out.exists() and out.samefile(name_and_path(text)[1]):
+        _, checkpoint = name_and_path(text)
+        if out.exists() and out.samefile(checkpoint):
             raise ValueError(f"--out {out} is the checkpoint: name another file")
+
+
+def check_columns(args, models: list[Loaded]) -> None:
+    """ValueError, before any work, if --compare names a column that is not asked."""
+    columns = [f"{loaded.name} {mode}" for loaded in models for mode in args.modes]
+    for name in args.compare or ():
+        if name not in columns:
+            raise ValueError(f"--compare: column {name!r} is not asked: choose from {columns}")
+
+
+def check_path(args, tasks: list[str], lengths: Iterable[int]) -> None:
+    """ValueError, before any work, if --path is one file where several are needed."""
+    n_files = len(tasks)
+    if args.source == "babilong":
+        n_files *= len(list(lengths))
+    if args.path and Path(args.path).is_file() and n_files > 1:
+        raise ValueError(
+            f"--path {args.path} is one file: give a folder for several tasks or lengths"
+        )
 
 
 def show(rows: list[dict], args) -> None:
@@ -517,9 +1051,25 @@ def show(rows: list[dict], args) -> None:
         save_json(dict(cells=figures), args.figures)
 
 
+def describe(args, loaded: Loaded, device: torch.device) -> None:
+    """Print what a model is, and whether it was trained on other prose than --background."""
+    n_params, _ = loaded.model.n_params()
+    segment_len = loaded.model.cfg.segment_len
+    print(f"{loaded.name}: {n_params:,} parameters, segments of {segment_len}, {device}")
+    if args.source == "babilong":
+        return
+    trained = loaded.train.get("background", args.background)
+    if Path(trained or "").name != Path(args.background or "").name:
+        print(
+            f"{loaded.name} was trained on the prose of {trained or 'Python'}: --background names "
+            "another"
+        )
+
+
 def read_source(args, tokenizer: Tokenizer, longest: int) -> tuple[Samples, str | None]:
-    """The samples that the flags ask for, in this model's tokens, and a fingerprint of the
-    background."""
+    """The samples that the flags ask for, in a model's tokens, and a fingerprint of the background.
+
+    longest  the length of the longest sample in tokens"""
     if args.source == "babilong":
         return Downloaded(args.path, tokenizer), None
     builder = Builder(tokenizer, "val", args.background, None, args.path, args.count)
@@ -550,17 +1100,19 @@ def plan(args, tasks: list[str], counts: dict[int, int], samples: Samples) -> Wo
     return work
 
 
-def settings_of(args, name: str, loaded: Loaded, prints: dict, text: str | None) -> dict:
-    """What the answers of a model depend on: the line before them in the file.
-
-    prints  fingerprints of the cells' samples; text: that of the background"""
-    settings = dict(model=name, checkpoint=loaded.digest, source=args.source, **prints)
-    if args.rag:
-        settings["rag"] = args.rag
-    settings["bfloat16"] = loaded.model.norm.weight.is_cuda
-    if text is not None:
-        settings.update(seed=args.seed, count=args.count, background=text)
-    return settings
+def settings_of(args, loaded: Loaded, background: str | None) -> dict:
+    """What the answers of a model depend on. background: a fingerprint of it"""
+    return dict(
+        model=loaded.name,
+        checkpoint=loaded.digest,
+        source=args.source,
+        path=args.path,
+        background=background,
+        count=args.count,
+        seed=args.seed,
+        rag=args.rag,
+        bfloat16=loaded.model.norm.weight.is_cuda,
+    )
 
 
 def run(args) -> None:
@@ -568,85 +1120,45 @@ def run(args) -> None:
     device = pick_device(args.device)
     counts = read_lengths(args.lengths, args.n)
     models = read_models(args.ckpt, device)
-    first = next(iter(models.values()))
-    trained_tasks = first.train.get("tasks", ("qa1",))
+    trained_tasks = models[0].train.get("tasks", ("qa1",))
     if isinstance(trained_tasks, str):  # in older checkpoints
         trained_tasks = trained_tasks.split()
     tasks = list(dict.fromkeys(args.tasks or trained_tasks))
-    beside = name_and_path(args.ckpt[0])[1].with_name("predictions.jsonl")
-    out = Path(args.out or beside)
+    _, first_path = name_and_path(args.ckpt[0])
+    out = Path(args.out or first_path.with_name("predictions.jsonl"))
     check_out(args, out)
-    columns = [f"{name} {mode}" for name in models for mode in args.modes]
-    for name in args.compare or ():
-        if name not in columns:
-            raise ValueError(f"--compare: column {name!r} is not asked: choose from {columns}")
-    n_files = len(tasks) if args.source == "babi" else len(tasks) * len(counts)
-    if args.path and Path(args.path).is_file() and n_files > 1:
-        raise ValueError(
-            f"--path {args.path} is one file: give a folder for several tasks or lengths"
-        )
+    check_columns(args, models)
+    check_path(args, tasks, counts)
     check_figures(args, out)
-    sources = {}  # by tokenizer: models that have the same one share their samples
+
+    sources = {}  # models that have the same tokenizer share their samples
     settings = []
-    for name, loaded in models.items():
-        model = loaded.model
-        n_params = model.n_params()[0]
-        print(f"{name}: {n_params:,} parameters, segments of {model.cfg.segment_len}, {device}")
-        trained = loaded.train.get("background", args.background)
-        if (
-            args.source != "babilong"
-            and Path(trained or "").name != Path(args.background or "").name
-        ):
-            prose = trained or "Python"
-            print(f"{name} was trained on the prose of {prose}: --background names another")
+    for loaded in models:
+        describe(args, loaded, device)
         ranks = loaded.tokenizer.ranks
         if ranks not in sources:
             sources[ranks] = read_source(args, loaded.tokenizer, max(counts))
-        samples, text = sources[ranks]
-        prints = check_cells(samples, tasks, counts)
-        settings.append(settings_of(args, name, loaded, prints, text))
+        samples, background = sources[ranks]
+        check_cells(samples, tasks, counts)
+        settings.append(settings_of(args, loaded, background))
     if len(sources) > 1 and args.count == "own":
         print(
             "lengths are in each model's own tokens, so the texts differ: --count chars makes "
             "them equal"
         )
     work = plan(args, tasks, counts, samples)
-    predictions = Predictions(out, settings, args.again)
     asked = set()
-    for name in models:
+    for loaded in models:
         for task, length, n in work:
-            asked.update((name, task, length, i, mode) for i in range(n) for mode in args.modes)
+            for i in range(n):
+                asked.update((loaded.name, task, length, i, mode) for mode in args.modes)
+
+    predictions = Predictions(out, settings, args.again)
     n_done = len(asked & predictions.done)
     if n_done:
         print(f"{out} has {n_done:,} of {len(asked):,} answers already")
-    seconds = 0.0
-    for name, loaded in models.items():
-        left = []
-        for task, length, n in work:
-            n_left = 0
-            for i in range(n):
-                keys = {(name, task, length, i, mode) for mode in args.modes}
-                if not keys <= predictions.done:
-                    n_left += 1
-            if n_left:
-                left.append((task, length, n_left))
-        longest = 64_000
-        if args.source == "babilong":  # published lengths are those of the files
-            longest = max((x for x in counts if 0 < x <= longest), default=math.inf)
-        samples, _ = sources[loaded.tokenizer.ranks]
-        seconds += forecast(
-            loaded.model,
-            loaded.tokenizer,
-            samples,
-            left,
-            args.modes,
-            args.rag,
-            args.max_tokens,
-            longest,
-        )
-    print(f"this will take about {seconds / 60:.1f} minutes", flush=True)
     began = time.perf_counter()
-    for name, loaded in models.items():
+    for loaded in models:
         samples, _ = sources[loaded.tokenizer.ranks]
         for rows in evaluate(
             loaded.model,
@@ -656,16 +1168,13 @@ def run(args) -> None:
             args.modes,
             args.rag,
             args.max_tokens,
-            name,
+            loaded.name,
             predictions.done,
             show=True,
         ):
             predictions.add(rows)
     print(f"it took {(time.perf_counter() - began) / 60:.1f} minutes\n")
-    shown = []
-    for row in predictions.rows:
-        if (row["model"], row["task"], row["length"], row["i"], row["memory"]) in asked:
-            shown.append(row)
+    shown = [row for row in predictions.rows if key_of(row) in asked]
     show(shown, args)
     print("\n" + report_cost(shown))
     print(f"peak resident set {peak_memory() / 2**20:.0f} MiB")

@@ -53,7 +53,7 @@ class LM2Config:
     vocab_size: int = 2048  # tokens in the vocabulary
     n_layer: int = 4  # L, decoder blocks
     n_head: int = 8  # H, query heads of self-attention
-    n_kv_head: int = 8  # KV, key/value heads; fewer than n_head is grouped-query attention
+    n_kv_head: int | None = None  # KV, key/value heads: fewer are grouped-query; None: n_head
     n_embd: int = 64  # D, model width
     ffn_dim: int = 176  # inner width of the SwiGLU MLP
     segment_len: int = 128  # S, tokens in a segment, which are all that self-attention sees
@@ -74,6 +74,8 @@ class LM2Config:
         return "rmt" if self.n_mem_token else "llama"
 
     def __post_init__(self):
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
         if self.n_mem_layer is None:
             self.n_mem_layer = 0 if self.n_mem_token else self.n_layer
         sizes = "vocab_size n_layer n_head n_kv_head n_embd ffn_dim segment_len n_slot n_mem_head"
@@ -114,6 +116,12 @@ class LM2Config:
             for name in needed.split():
                 if name not in self.rope_scaling:
                     raise ValueError(f"rope_scaling lacks {name}: it needs {needed}")
+            low = self.rope_scaling["low_freq_factor"]
+            high = self.rope_scaling["high_freq_factor"]
+            if not low < high:
+                raise ValueError(
+                    f"rope_scaling: low_freq_factor {low} must be below high_freq_factor {high}"
+                )
 
 
 @dataclass
@@ -808,8 +816,11 @@ def save_checkpoint(path: str | Path, model: LM2 | RMT, **content) -> None:
         with open(partial, "wb") as file:
             torch.save(everything, file)
         partial.replace(path)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        raise OSError(f"cannot write the checkpoint {path}: {error}") from None
+    except (OSError, RuntimeError) as error:
+        reason = error
+        if isinstance(error.__context__, OSError):  # torch hides a full disk in its own error
+            reason = error.__context__.strerror
+        raise OSError(f"cannot write the checkpoint {path}: {reason}") from None
     finally:
         if partial.is_file():
             partial.unlink()

@@ -27,7 +27,9 @@ def read_text(name: str) -> str:
     not UTF-8."""
     if name == "-":
         content = sys.stdin.buffer.read()
-    elif Path(name).is_dir() or not Path(name).exists():
+    elif Path(name).is_dir():
+        raise ValueError(f"--file {name} is a folder: give the path of a text in it")
+    elif not Path(name).exists():
         raise ValueError(
             f"--file {name}: there is no such file, give the path of a text or - for standard input"
         )

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from babilong_eval import check_cells, evaluate
+from babilong_eval import cells, check_cells, evaluate, save, table
 from data import background
 from data.babi import TASKS
 from data.babilong import Builder, generated
@@ -55,8 +55,6 @@ from data.common import (
 )
 from data.document import length_name, parse_length
 from data.lessons import Batch, Batches, Curriculum, Lessons, Stage, parse_stages
-from data.metrics import cells, table
-from data.predictions import save
 from data.recipes import PRESETS, QA1, RECIPE_OF, RECIPES
 from data.tokenizer import Tokenizer, load, of_checkpoint
 from lm2 import LM2, RMT, LM2Config, build_model, load_checkpoint, save_checkpoint
@@ -647,6 +645,12 @@ def processes_of_torchrun(cfg: TrainConfig) -> Processes:
     )
 
 
+def ignore_interrupts() -> dict:
+    """Ignore Ctrl-C and SIGTERM from now on. Returns what handled them before."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    return {number: signal.signal(number, signal.SIG_IGN) for number in signals}
+
+
 def help_to_train(rank: int, processes: Processes, meet_at: str, flags: Flags, writer) -> None:
     """The life of a process of a rank above 0 that `python train.py` has started."""
     writer.send("started")
@@ -672,8 +676,8 @@ def helpers_started(processes: Processes, flags: Flags) -> Iterator[str | None]:
     with tempfile.TemporaryDirectory(prefix="lm2-", ignore_cleanup_errors=True) as folder:
         meet_at = f"file://{folder}/processes"
         try:
-            # They ignore Ctrl-C from their start on, which is for the first process.
-            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            # They ignore Ctrl-C and SIGTERM from their start on: these are for the first process.
+            before = ignore_interrupts()
             for rank in range(1, processes.n):
                 reader, writer = context.Pipe(duplex=False)
                 readers.append(reader)
@@ -681,7 +685,8 @@ def helpers_started(processes: Processes, flags: Flags) -> Iterator[str | None]:
                 helper = context.Process(target=help_to_train, args=arguments)
                 helper.start()
                 helpers.append(helper)
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
             for helper, reader in zip(helpers, readers, strict=True):
                 if reader not in multiprocessing.connection.wait([reader, helper.sentinel]):
                     raise ProcessLost("at its start")
@@ -828,7 +833,7 @@ class Record:
         self.progress = progress
         self.n_stages = n_stages
         self.bar = tqdm(
-            total=None if cfg.total_minutes else cfg.tokens,
+            total=None if cfg.total_minutes else progress.end,
             initial=progress.tokens,
             unit="tok",
             unit_scale=True,
@@ -844,6 +849,12 @@ class Record:
     def restart_clock(self) -> None:
         """Count the tokens per second of the next line from here."""
         self.since = (time.perf_counter(), self.progress.tokens)
+
+    def new_end(self) -> None:
+        """Let the bar end where the run does, which the last stage has decided."""
+        if self.bar.total is not None:
+            self.bar.total = self.progress.end
+            self.bar.refresh()
 
     def add_step(self, n_tokens: int, is_longest: bool, norm: Tensor, sums: Tensor) -> None:
         """Note a step, without waiting for the device. sums (3,): loss, right words, words"""
@@ -1047,6 +1058,7 @@ def train(
                 record.say(message)
                 if curriculum.is_last:
                     progress.end = min(progress.end, progress.tokens + cfg.final_tokens)
+                    record.new_end()
 
         # Save before the evaluation: whoever presses Ctrl-C twice shall not lose anything.
         if is_validation_due or is_over:
@@ -1243,7 +1255,7 @@ def main(argv: list[str] | None = None) -> None:
     # torchrun has started this process and the others.
     is_first = os.environ["RANK"] == "0"
     if not is_first:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process
+        ignore_interrupts()  # they are for the first process
     with one_line("train.py", is_silent=not is_first):
         flags = read_flags(argv)
         run(flags, processes_of_torchrun(flags.cfg), "env://")

@@ -88,7 +88,8 @@ def prepare(model: LM2, doc: Document, layer: int | None) -> Tensor:
 
 @contextmanager
 def recording(model: LM2) -> Iterator[list[dict]]:
-    """Within it the list that it gives gets a dict for each block with memory in each call.
+    """Record what the blocks with memory compute. Within it every call of the model adds a dict for
+    each of them to the list:
 
     layer      which block
     g_in       (B, G-1, S, D) of the segments that are written
@@ -232,11 +233,12 @@ def asked(doc: Document) -> str:
 
 
 def heads(head: str) -> str:
+    """What the title says of --head."""
     return "mean over heads" if head == "mean" else f"head {head}"
 
 
 def heat(ax, values: Tensor, most: float, title: str):
-    """A heat map from 0 to `most` with slots from left to right, the same for every picture."""
+    """Draw a heat map from 0 to `most`, with slots from left to right. Returns its image."""
     ax.set_facecolor("0.9")  # NaN stays grey
     image = ax.imshow(values.float().numpy(), cmap="Blues", vmin=0, vmax=most, aspect="auto")
     ax.set_title(title, fontsize=9)
@@ -248,7 +250,7 @@ def heat(ax, values: Tensor, most: float, title: str):
 
 
 def scale(bar, text: str) -> None:
-    """The letters of a colour bar."""
+    """Name a colour bar."""
     bar.set_label(text, fontsize=9)
     bar.ax.tick_params(labelsize=8)
 
@@ -256,8 +258,8 @@ def scale(bar, text: str) -> None:
 def draw_read(
     fig, model: LM2, tokenizer: Tokenizer, doc: Document, layer: int | None, head: str
 ) -> None:
-    """A before and after the earlier segments were written. Without a layer it is the block in
-    which the last token reads a single slot most."""
+    """Draw A before and after the earlier segments were written. Without a layer it is that of the
+    block in which the last token reads a single slot most."""
     ids = prepare(model, doc, layer)
     before, after = reads(model, ids, head)
     if layer is None:
@@ -284,7 +286,7 @@ def draw_read(
 def draw_write(
     fig, model: LM2, tokenizer: Tokenizer, doc: Document, layer: int | None, head: str
 ) -> None:
-    """R by sentence and slot, of one block or, without a layer, of the last PANELS blocks with
+    """Draw R by sentence and slot, of one block or, without a layer, of the last PANELS blocks with
     memory side by side."""
     prepare(model, doc, layer)
     lines = rows(model, tokenizer, doc, head)

@@ -18,6 +18,7 @@ KEPT = ("tasks", "recipe", "preset", "background", "seed")  # what is kept about
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Write the small copy."""
     parser = Parser("assets/shrink.py", __doc__.split("\n")[0])
     parser.add_argument("source", metavar="FROM", help="checkpoint of train.py")
     parser.add_argument("target", metavar="TO", help="file to write, which must not be there yet")

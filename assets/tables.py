@@ -1,19 +1,31 @@
-"""A table over seeds, in Markdown, from the counts that babilong_eval.py --figures wrote.
+"""Print a Markdown table from the counts that babilong_eval.py --figures wrote.
 
     python assets/tables.py assets/models.json --columns "lm2 on" "rmt on"
     python assets/tables.py assets/models.json --columns "lm2 off" "lm2 other" --which outside
-    python assets/tables.py assets/ten.json --across lengths --tasks qa1-5   # a line a column and seed
+    python assets/tables.py assets/ten.json --across lengths --tasks qa1-5
     python assets/tables.py assets/ten.json --across tasks --lengths 4k
 
-Writes nothing. A model evaluated as --ckpt lm2-0=... lm2-1=... is one column, "lm2 on", of seeds 0 and 1. A
-cell is the median of the seeds (of an even number the lower of the middle two), Wilson's interval for that
-seed's samples, which says nothing of other seeds, and every seed's share in their order; with tasks or with
-lengths side by side every seed has a line. Means over tasks appear where all of qa1-5 or qa1-10 were asked.
+Writes no file.
+
+A model whose name ends in a number is a seed: `--ckpt lm2-0=... lm2-1=...` of babilong_eval.py
+gives one column, "lm2 on", with the seeds 0 and 1.
+
+By default the columns stand side by side. Then an entry is the share of the median seed (of an even
+number of seeds the lower of the middle two), Wilson's 95 % interval of that share, and in brackets
+the share of every seed. The interval tells how much the share depends on the samples. It tells
+nothing about other seeds.
+
+With `--across tasks` or `--across lengths` every seed has a line of its own. The last line of a
+block is the floor, which is the best constant answer.
+
+The means over qa1-5 and qa1-10 appear where all of their tasks are in the file.
 """
+
 import json
 import statistics
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python assets/tables.py`
 
@@ -22,187 +34,329 @@ from data.babi import TASKS  # noqa: E402
 from data.common import Parser, one_line  # noqa: E402
 from data.document import length_name, parse_length  # noqa: E402
 
+Cell = dict  # the counts of a model, memory mode, task and length: `cells` in babilong_eval.py
+Seed = dict[tuple[str, int], Cell]  # (task, length) -> cell
+Seeds = dict[str, Seed]  # the model's name, such as "lm2-0" -> its cells
 
-Seeds = dict[str, dict[tuple[str, int], dict]]      # model -> (task, length) -> cell
+
+class Keys(NamedTuple):
+    """The keys of a cell under which the counts of one table stand."""
+
+    n: str  # samples
+    hits: str  # right answers
+    floor: str  # right answers of the best constant answer
 
 
-def load_figures(path: str) -> list[dict]:
-    """The cells of a file of `babilong_eval.py --figures`; ValueError names a file or a cell that is none."""
-    number, seen, mend = 0, set(), "write it with babilong_eval.py --figures"
+def keys_of(which: str) -> Keys:
+    """The keys for --which: "exact", "outside" or "official"."""
+    _, n, hits, floor = BLOCKS[which]
+    return Keys(n, hits, floor)
+
+
+def is_sound(cell: Cell) -> bool:
+    """Whether the counts of a cell are possible. KeyError or TypeError if one of them is missing or
+    not a number."""
+    counts = [cell[key] for key in ("exact", "floor", "official", "floor_official")]
+    outside_counts = [cell["outside_exact"], cell["floor_outside"]]
+    return (
+        isinstance(cell["model"], str)
+        and isinstance(cell["memory"], str)
+        and cell["task"] in TASKS
+        and cell["length"] >= 0
+        and cell["n"] >= 1
+        and all(0 <= count <= cell["n"] for count in counts)
+        and all(0 <= count <= cell["outside_n"] for count in outside_counts)
+        and cell["outside_n"] <= cell["n"]
+    )
+
+
+def load_figures(path: str) -> list[Cell]:
+    """The cells of a file of `babilong_eval.py --figures`. ValueError names a file that is not one,
+    or the cell that is broken or occurs twice."""
+    advice = "write the file with babilong_eval.py --figures"
+    number = 0
+    seen = set()
     try:
         cells = json.loads(Path(path).read_bytes())["cells"]
-        for number, c in enumerate(cells, 1):
-            counts = [c[key] for key in ("exact", "floor", "official", "floor_official")]
-            far = [c[key] for key in ("outside_exact", "floor_outside", "outside_n")]
-            seen.add((c["model"] + c["memory"] + c["task"], c["length"]))
-            if (not 0 <= min(counts) <= max(counts) <= c["n"] or c["n"] < 1 or c["length"] < 0
-                    or not 0 <= min(far) <= max(far) == far[2] <= c["n"] or len(seen) < number
-                    or c["task"] not in TASKS):
+        for number, cell in enumerate(cells, 1):
+            seen.add((cell["model"], cell["memory"], cell["task"], cell["length"]))
+            is_new = len(seen) == number
+            if not is_new or not is_sound(cell):
                 raise ValueError
     except (ValueError, KeyError, TypeError):
-        where = f"cell {number} is broken or there twice" if number else "that is none of its files"
-        raise ValueError(f"{path} holds no figures, {where}: {mend}") from None
+        if number:
+            problem = f"cell {number} is broken or occurs twice"
+        else:
+            problem = "it is not such a file"
+        raise ValueError(f"{path} holds no figures, {problem}: {advice}") from None
     if not cells:
-        raise ValueError(f"{path} holds no figures, it is empty: {mend}")
+        raise ValueError(f"{path} holds no figures, it is empty: {advice}")
     return cells
 
 
 def choose(flag: str, asked: list[str] | None, there: list[str]) -> list[str]:
-    """What was asked for, or all; ValueError for what is not there."""
+    """What was asked for, each once, or all that is there. ValueError names what is not there."""
     there = list(dict.fromkeys(there))
-    for x in asked or ():
-        if x not in there:
-            raise ValueError(f"{flag} {x!r} is not in the file: choose from {', '.join(map(repr, there))}")
-    return list(dict.fromkeys(asked or there))
+    if asked is None:
+        return there
+    for name in asked:
+        if name not in there:
+            known = ", ".join(repr(x) for x in there)
+            raise ValueError(f"{flag} {name!r} is not in the file: choose from {known}")
+    return list(dict.fromkeys(asked))
 
 
-def by_column(cells: list[dict]) -> dict[str, Seeds]:
-    """column -> its seeds' cells; the column's name is the model's without "-SEED". ValueError for a cell
-    that is there twice."""
+def without_seed(model: str) -> str:
+    """A model's name without its seed: "lm2-0" -> "lm2"."""
+    name, _, seed = model.rpartition("-")
+    if name and seed.isdecimal():
+        return name
+    return model
+
+
+def by_column(cells: list[Cell]) -> dict[str, Seeds]:
+    """The seeds of each column, such as "lm2 on". ValueError for a cell that occurs twice."""
     columns: dict[str, Seeds] = {}
-    for c in cells:
-        name, _, seed = c["model"].rpartition("-")
-        name = column(c | dict(model=name if seed.isdecimal() and name else c["model"]))
-        mine, key = columns.setdefault(name, {}).setdefault(c["model"], {}), (c["task"], c["length"])
-        if key in mine:
-            raise ValueError(f"{column(c)!r} has {key[0]} at {length_name(key[1])} in two files: name one")
-        mine[key] = c
+    for cell in cells:
+        name = f"{without_seed(cell['model'])} {cell['memory']}"
+        seeds = columns.setdefault(name, {})
+        seed = seeds.setdefault(cell["model"], {})
+        task, length = cell["task"], cell["length"]
+        if (task, length) in seed:
+            where = f"{task} at {length_name(length)}"
+            raise ValueError(f"{column(cell)!r} has {where} in two files: name one of them")
+        seed[task, length] = cell
     return columns
 
 
-def pick(seeds: Seeds, tasks: list[str], length: int, n_key: str) -> list[list[dict]]:
-    """Of every seed the cells of these tasks at a length, if it has all of them."""
-    found = ([seed.get((t, length), {}) for t in tasks] for seed in seeds.values())
-    return [cells for cells in found if all(c.get(n_key) for c in cells)]
+def cells_of(seed: Seed, tasks: list[str], length: int, n_key: str = "n") -> list[Cell]:
+    """A seed's cells of these tasks at a length. It is empty if a task is missing or has no sample,
+    as the mean over tasks would not be one."""
+    cells = []
+    for task in tasks:
+        cell = seed.get((task, length))
+        if cell is None or cell[n_key] == 0:
+            return []
+        cells.append(cell)
+    return cells
 
 
-def middle(found: list[list[dict]], n_key: str, hits_key: str) -> list[dict]:
-    """Of seeds' cells those with the median of the means."""
-    shares = [share(cells, n_key, hits_key) for cells in found]
-    return found[shares.index(statistics.median_low(shares))]
+def complete_seeds(
+    seeds: Seeds, tasks: list[str], length: int, n_key: str = "n"
+) -> list[list[Cell]]:
+    """The cells of each seed that has all of these tasks at a length."""
+    candidates = [cells_of(seed, tasks, length, n_key) for seed in seeds.values()]
+    return [cells for cells in candidates if cells]
 
 
-def merged(cells: list[dict], tasks: list[str], metric: str) -> list[dict]:
-    """At each length of each column the cells of the seed in the middle of these tasks' means, by the
-    column's name; where no seed has all the tasks, those of the first that has any."""
-    out = []
-    for name, seeds in by_column(cells).items():
-        for length in sorted({x for seed in seeds.values() for _, x in seed}):
-            some = ([c for (_, x), c in seed.items() if x == length] for seed in seeds.values())
-            found = pick(seeds, tasks, length, "n")
-            chosen = middle(found, "n", metric) if found else next(filter(None, some))
-            out += [c | dict(model=name.rpartition(" ")[0]) for c in chosen]
-    return out
+def median_seed(seeds: list[list[Cell]], n_key: str, hits_key: str) -> list[Cell]:
+    """The cells of the seed whose mean over its cells is the (lower) median."""
+    shares = [share(cells, n_key, hits_key) for cells in seeds]
+    return seeds[shares.index(statistics.median_low(shares))]
 
 
-def size(cells: list[dict], n_key: str) -> int:
-    """Samples in all."""
-    return sum(c[n_key] for c in cells)
+def n_samples(cells: list[Cell], keys: Keys) -> int:
+    """The number of samples of all cells together."""
+    return sum(cell[keys.n] for cell in cells)
 
 
-def cell(found: list[list[dict]], keys: tuple[str, str, str], n: int | None = None) -> str:
-    """"98.0 [95, 99] (97.0 98.0 98.0)"; one seed has no brackets behind, none at all is a dash. Where the
-    samples are not n, it says how many they are, and their floor."""
-    if not found:
+def interval_text(cells: list[Cell], keys: Keys) -> str:
+    """The mean over cells in % and its interval: "98.0 [95, 99]"."""
+    hits, n = pooled(cells, keys.n, keys.hits)
+    return percent(hits, n).replace(",", ", ")
+
+
+def floor_text(cells: list[Cell], keys: Keys) -> str:
+    """The mean floor of cells in %: "20.0"."""
+    return f"{100 * share(cells, keys.n, keys.floor):.1f}"
+
+
+def entry_text(seeds: list[list[Cell]], keys: Keys, n: int) -> str:
+    """An entry of a column: "98.0 [95, 99] (97.0 98.0 98.0)", or "-" without a seed.
+
+    seeds  for each seed its cells of the tasks of the line
+    n      the samples of the line. An entry with another number says so and names its own floor."""
+    if not seeds:
         return "-"
-    n_key, hits_key, floor_key = keys
-    shares = [share(cells, n_key, hits_key) for cells in found]
-    most = middle(found, n_key, hits_key)
-    text = percent(*pooled(most, n_key, hits_key)).replace(",", ", ")
-    text += f" ({' '.join(f'{100 * s:.1f}' for s in shares)})" if len(shares) > 1 else ""
-    few = f", n = {size(most, n_key)}, floor {100 * share(most, n_key, floor_key):.1f}"
-    return text + (few if n not in (None, size(most, n_key)) else "")
+    median = median_seed(seeds, keys.n, keys.hits)
+    text = interval_text(median, keys)
+    if len(seeds) > 1:
+        shares = [f"{100 * share(cells, keys.n, keys.hits):.1f}" for cells in seeds]
+        text += f" ({' '.join(shares)})"
+    if n_samples(median, keys) != n:
+        text += f", n = {n_samples(median, keys)}, floor {floor_text(median, keys)}"
+    return text
 
 
-def groups_of(cells: list[dict], asked: list[str] | None = None) -> dict[str, list[str]]:
-    """The tasks in order, each by itself, and of "qa1-5" and "qa1-10" those whose tasks are all there; or
-    those asked for. ValueError for one that is not there."""
-    tasks = sorted({c["task"] for c in cells}, key=lambda task: int(task[2:]))
-    groups = {t: [t] for t in tasks} | {g: of for g, of in GROUPS.items() if set(of) <= set(tasks)}
+def groups_of(cells: list[Cell], asked: list[str] | None) -> dict[str, list[str]]:
+    """The tasks behind each name that --tasks takes: a task stands for itself, "qa1-5" and "qa1-10"
+    for several tasks if all of them are there. ValueError names what is not there."""
+    tasks = sorted({cell["task"] for cell in cells}, key=lambda task: int(task[2:]))
+    groups = {task: [task] for task in tasks}
+    for name, members in GROUPS.items():
+        if set(members) <= set(tasks):
+            groups[name] = members
     return {name: groups[name] for name in choose("--tasks", asked, list(groups))}
 
 
-def lengths_of(cells: list[dict], asked: list[str] | None = None) -> dict[str, int]:
-    """The lengths in order by their names, or those asked for. ValueError for one that is not there."""
-    there = {length_name(x): x for x in sorted({c["length"] for c in cells})}
-    names = asked and [length_name(parse_length(x)) for x in asked]
-    return {name: there[name] for name in choose("--lengths", names, list(there))}
+def lengths_of(cells: list[Cell], asked: list[str] | None) -> dict[str, int]:
+    """The length behind each name that --lengths takes. ValueError names one that is not there."""
+    lengths = {}
+    for length in sorted({cell["length"] for cell in cells}):
+        lengths[length_name(length)] = length
+    if asked is not None:
+        asked = [length_name(parse_length(text)) for text in asked]
+    return {name: lengths[name] for name in choose("--lengths", asked, list(lengths))}
 
 
-def markdown(cells: list[dict], columns: list[str] | None = None, which: str = "exact",
-             tasks: list[str] | None = None, lengths: list[str] | None = None) -> str:
-    """The table with the columns side by side: a line a task and length; ValueError for a column, a task or
-    a length that is not there."""
-    _, *keys = BLOCKS[which]
-    n_key, _, floor_key = keys
-    there = by_column(cells)
-    columns = choose("--columns", columns, list(there))
-    head = ["task", "length", "n", "floor", *columns]
-    rows = [head, ["---"] * len(head)]
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    rule = ["---"] * len(head)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
+
+
+def table_of_columns(
+    cells: list[Cell],
+    columns: list[str] | None = None,
+    which: str = "exact",
+    tasks: list[str] | None = None,
+    lengths: list[str] | None = None,
+) -> str:
+    """The table with the columns side by side and a line for each task and length.
+
+    ValueError names a column, a task or a length that is not there."""
+    keys = keys_of(which)
+    seeds_by_column = by_column(cells)
+    columns = choose("--columns", columns, list(seeds_by_column))
+    known_lengths = lengths_of(cells, lengths)
+    rows = []
     for group, members in groups_of(cells, tasks).items():
-        for length in lengths_of(cells, lengths).values():
-            found = [pick(there[name], members, length, n_key) for name in columns]
-            first = next((f[0] for f in found if f), None)
-            if first:
-                n = size(first, n_key)
-                name, best = "mean of " * (len(members) > 1) + group, 100 * share(first, n_key, floor_key)
-                rows.append([name, length_name(length), f"{n}", f"{best:.1f}"]
-                            + [cell(f, keys, n) for f in found])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        name = group if len(members) == 1 else f"mean of {group}"
+        for length_text, length in known_lengths.items():
+            entries = []
+            for column_name in columns:
+                seeds = seeds_by_column[column_name]
+                entries.append(complete_seeds(seeds, members, length, keys.n))
+            filled = [seeds for seeds in entries if seeds]
+            if filled:
+                first_seed = filled[0][0]  # its samples are those that the line names
+                n = n_samples(first_seed, keys)
+                row = [name, length_text, str(n), floor_text(first_seed, keys)]
+                for seeds in entries:
+                    row.append(entry_text(seeds, keys, n))
+                rows.append(row)
+    return markdown(["task", "length", "n", "floor", *columns], rows)
 
 
-def side_by_side(cells: list[dict], columns: list[str] | None = None, which: str = "exact",
-                 across: str = "tasks", tasks: list[str] | None = None, lengths: list[str] | None = None
-                 ) -> str:
-    """The table with the tasks side by side, a line a length, column and seed, or with the lengths side by
-    side, a line a task, column and seed; of means, and of tasks that have a line, the interval too. Below
-    these lines one of the best constant answers, to the samples of the line that has most, and how many
-    samples a task the lines have."""
-    _, n_key, hits_key, floor_key = BLOCKS[which]
-    there, groups = by_column(cells), groups_of(cells, tasks)
-    columns = choose("--columns", columns, list(there))
-    names = lengths_of(cells, lengths)
-    downs, acrosses = (names, groups) if across == "tasks" else (groups, names)
-    rows = [["length" if across == "tasks" else "task", "column", *acrosses], ["---"] * (2 + len(acrosses))]
-    for down in downs:
-        most, sizes = [(0, "-")] * len(acrosses), set()
-        for name, model in ((name, model) for name in columns for model in there[name]):
-            row = []
-            for i, right in enumerate(acrosses):
-                group, length = (right, down) if across == "tasks" else (down, right)
-                text = "-"
-                for found in pick({model: there[name][model]}, groups[group], names[length], n_key):
-                    sizes |= {c[n_key] for c in found}
-                    text = percent(*pooled(found, n_key, hits_key)).replace(",", ", ")
-                    if size(found, n_key) > most[i][0]:
-                        most[i] = size(found, n_key), f"{100 * share(found, n_key, floor_key):.1f}"
-                row.append(text if across == "lengths" or len(groups[group]) > 1 else text.split(" ")[0])
-            if set(row) != {"-"}:
-                rows.append([down, f"{model} {name.rpartition(' ')[2]}", *row])
-        if sizes := sorted(sizes):
-            n = f"n = {sizes[0]}" + f" to {sizes[-1]}" * (len(sizes) > 1)
-            rows.append([down, f"floor, {n}", *(text for _, text in most)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def seed_text(cells: list[Cell], keys: Keys, across: str) -> str:
+    """An entry of a seed's line. A single task among others that stand beside it has no interval,
+    as there is no room."""
+    if not cells:
+        return "-"
+    text = interval_text(cells, keys)
+    if across == "tasks" and len(cells) == 1:
+        return text.split(" ")[0]
+    return text
+
+
+def floor_row(lines: list[list[list[Cell]]], keys: Keys) -> list[str]:
+    """The floor below some lines: its name with the least and the greatest number of samples of a
+    task, then for each place the floor of the line that has most samples there.
+
+    lines  for each line and place the cells, which may be none"""
+    sizes = {cell[keys.n] for line in lines for cells in line for cell in cells}
+    name = f"floor, n = {min(sizes)}"
+    if len(sizes) > 1:
+        name += f" to {max(sizes)}"
+    row = [name]
+    for cells_at_place in zip(*lines, strict=True):
+        largest = max(cells_at_place, key=lambda cells: n_samples(cells, keys))
+        row.append(floor_text(largest, keys) if largest else "-")
+    return row
+
+
+def table_of_seeds(
+    cells: list[Cell],
+    columns: list[str] | None = None,
+    which: str = "exact",
+    across: str = "tasks",
+    tasks: list[str] | None = None,
+    lengths: list[str] | None = None,
+) -> str:
+    """The table with the tasks or the lengths side by side and a line for each column and seed.
+
+    With the tasks side by side there is a block of lines for each length, and only means have an
+    interval. With the lengths side by side there is a block for each task, and every entry has an
+    interval. ValueError names a column, a task or a length that is not there."""
+    keys = keys_of(which)
+    seeds_by_column = by_column(cells)
+    columns = choose("--columns", columns, list(seeds_by_column))
+    groups = groups_of(cells, tasks)
+    known_lengths = lengths_of(cells, lengths)
+    if across == "tasks":
+        blocks, places = list(known_lengths), list(groups)
+        head = ["length", "column", *places]
+    else:
+        blocks, places = list(groups), list(known_lengths)
+        head = ["task", "column", *places]
+    rows = []
+    for block in blocks:
+        if across == "tasks":
+            spots = [(groups[place], known_lengths[block]) for place in places]
+        else:
+            spots = [(groups[block], known_lengths[place]) for place in places]
+        lines = []
+        for column_name in columns:
+            memory = column_name.split(" ")[-1]
+            for model, seed in seeds_by_column[column_name].items():
+                line = [cells_of(seed, members, length, keys.n) for members, length in spots]
+                if any(line):
+                    lines.append(line)
+                    entries = [seed_text(found, keys, across) for found in line]
+                    rows.append([block, f"{model} {memory}", *entries])
+        if lines:
+            rows.append([block, *floor_row(lines, keys)])
+    return markdown(head, rows)
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Print the table that the flags ask for."""
     parser = Parser("python assets/tables.py", __doc__.split("\n")[0])
-    parser.add_argument("figures", metavar="FILE", nargs="+",
-                        help="what babilong_eval.py --figures wrote; several make one table")
-    parser.add_argument("--columns", nargs="+", help='such as "lm2 on" "lm2 off" (default all)')
-    parser.add_argument("--tasks", nargs="+", help="such as qa1, or qa1-5 for that mean (default all)")
-    parser.add_argument("--lengths", nargs="+", help="such as 0k 4k (default all)")
-    parser.add_argument("--which", default="exact", choices=("exact", "outside", "official"),
-                        help="exact match; of facts outside the window; the benchmark's own metric "
-                             "(default exact)")
-    parser.add_argument("--across", default="models", choices=("models", "lengths", "tasks"),
-                        help="what stands side by side (default models)")
+    add = parser.add_argument
+    add(
+        "figures",
+        metavar="FILE",
+        nargs="+",
+        help="a file that babilong_eval.py --figures wrote; several files make one table",
+    )
+    add("--columns", nargs="+", help='the columns, such as "lm2 on" "lm2 off" (default all)')
+    add("--tasks", nargs="+", help="the tasks, such as qa1, or qa1-5 for a mean (default all)")
+    add("--lengths", nargs="+", help="the lengths, such as 0k 4k (default all)")
+    add(
+        "--which",
+        default="exact",
+        choices=("exact", "outside", "official"),
+        help="what is counted: exact matches, exact matches of samples whose needed facts lie "
+        "outside the window, or hits by the benchmark's own metric (default exact)",
+    )
+    add(
+        "--across",
+        default="models",
+        choices=("models", "lengths", "tasks"),
+        help="what stands side by side (default models)",
+    )
     args = parser.parse_args(argv)
     with one_line("python assets/tables.py"):
-        cells = sum(map(load_figures, args.figures), [])
-        chosen = args.tasks, args.lengths
-        print(markdown(cells, args.columns, args.which, *chosen) if args.across == "models" else
-              side_by_side(cells, args.columns, args.which, args.across, *chosen))
+        cells = []
+        for path in args.figures:
+            cells += load_figures(path)
+        chosen = dict(
+            columns=args.columns, which=args.which, tasks=args.tasks, lengths=args.lengths
+        )
+        if args.across == "models":
+            print(table_of_columns(cells, **chosen))
+        else:
+            print(table_of_seeds(cells, across=args.across, **chosen))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
-"""BABILong samples: bAbI facts hidden between sentences of real prose, a question at the end, at any length.
+"""BABILong samples: facts of bAbI hidden in real prose, with a question at the end, at any length.
 
-    python -m data.babilong --task qa1 --length 1k                  # print a sample and its numbers
-    python -m data.babilong --task qa3 --length 4k --count chars    # as long as the published 4k
+    python -m data.babilong --task qa1 --length 1k                # print a sample and its numbers
+    python -m data.babilong --task qa3 --length 4k --count chars  # as long as a published 4k
 
-Writes nothing. Lengths are tokens of facts + background (the question is not counted), as the benchmark does;
-0 means no background. The background is consecutive sentences from a random start, the last one cut so that
-the length is exact; each fact goes to a random gap between two sentences, in the story's order.
-Train and validation share no story (by a hash of its sentences) and no passage of background.
+Writes nothing.
+
+The *context* of a sample is the facts of a story and the background around them. The *background*
+is a run of consecutive sentences of prose from a random start. Its last sentence is cut so that the
+context has exactly the asked length. The question is not counted, and a length of 0 stands for the
+facts alone. Each fact goes into a random gap between two sentences. The facts keep their order.
+
+Training and validation share no story, which a hash of its facts decides, and no background.
 """
+
 import bisect
 import hashlib
 import random
@@ -22,197 +27,371 @@ from data.document import Document, join, parse_length
 from data.tokenizer import Tokenizer, load
 
 VAL_SHARE = 10  # one story in ten is kept for validation
-CHARS = 4.4     # characters of an English GPT-2 token
-LESS = 300      # so many tokens under its name is a published length: "4k" holds 3,700 GPT-2 tokens
-Asides = Sequence[tuple[int, babi.Question]]  # questions within the context, with the facts before each
-COUNTS = ("own", "gpt2", "chars")  # what a length counts: the model's tokens, GPT-2's, 4.4 characters
+COUNTS = ("own", "gpt2", "chars")  # what a length counts, see Builder
+CHARS = 4.4  # characters of a GPT-2 token in English
+LESS = 300  # GPT-2 tokens that a published context has less than its name says: "4k" has 3,700
+MIN_GPT2_TOKENS = 10  # the benchmark drops shorter sentences of background
+
+# Questions that are asked within the context, each with the number of facts before it.
+Asides = Sequence[tuple[int, babi.Question]]
 
 
 def story_part(texts: Sequence[str]) -> str:
-    """"train" or "val", by a hash of the facts."""
+    """The part that a story belongs to, "train" or "val", by a hash of the texts of its facts."""
     digest = hashlib.blake2b("\n".join(texts).encode(), digest_size=4).digest()
-    return "val" if int.from_bytes(digest, "little") % VAL_SHARE == 0 else "train"
+    if int.from_bytes(digest, "little") % VAL_SHARE == 0:
+        return "val"
+    return "train"
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
-    """GPT-2's encoding, as tiktoken has it in its cache or fetches it; ValueError where neither works."""
+    """GPT-2's encoding, which tiktoken has in its cache or fetches. ValueError if it cannot."""
     try:
         return tiktoken.get_encoding("gpt2")
-    except Exception:  # no network: requests has many ways to say so
-        raise ValueError("--count gpt2: tiktoken has no GPT-2 encoding here and cannot fetch it: give "
-                         f"--count chars, {CHARS} characters a token") from None
+    except Exception:  # without a network there are many kinds of errors
+        raise ValueError(
+            "--count gpt2: tiktoken has no GPT-2 encoding here and cannot fetch it: give "
+            f"--count chars, {CHARS} characters a token"
+        ) from None
 
 
 class Builder:
-    """Builds documents of one part ("train" or "val") from stories and tokenised background.
+    """Makes the documents of one part, "train" or "val", from stories and background.
 
-    folder     .txt files for the background, None: Python's documentation; or documents, already read
-    stories    file or folder of original bAbI files instead of generated stories; their _train or _test
-    count      what a length counts, one of COUNTS; by "gpt2" and "chars" 4k is 3,700, as published"""
+    tokenizer  of the model that the documents are for
+    folder     of the .txt files of the background; None for Python's documentation
+    documents  what background.documents(folder) returns, if it has been called before
+    stories    a file or folder of original bAbI files: their _train files for "train", their _test
+               files for "val". None for generated stories
+    count      what a length counts: "own" the model's tokens, "gpt2" those of GPT-2, "chars"
+               4.4 characters. With the last two a length of 4k has 3,700, as the published one
 
-    def __init__(self, tokenizer: Tokenizer, part: str, folder: str | None = None,
-                 documents: list | None = None, stories: str | None = None, count: str = "own"):
-        self.tokenizer, self.part, self.stories, self.count = tokenizer, part, stories, count
-        self.cache, self.pools = {}, {}
+    ValueError if the background cannot be used, or if GPT-2's encoding is needed and missing.
+
+    The size of a text is what it counts: a whole number, or a fraction with "chars"."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        part: str,
+        folder: str | None = None,
+        documents: list | None = None,
+        stories: str | None = None,
+        count: str = "own",
+    ):
+        self.tokenizer = tokenizer
+        self.part = part
+        self.stories = stories
+        self.count = count
         self.gpt2 = gpt2_encoding() if count == "gpt2" else None
-        documents = background.documents(folder) if documents is None else documents
-        self.sentences = [" " + s for passage in background.split(documents, part) for s in passage]
-        if self.gpt2:  # the benchmark's own filter, beside ours of 8 words
-            self.sentences = [s for s in self.sentences if len(self.gpt2.encode_ordinary(s.strip())) >= 10]
+        self.encoded = {}  # a sentence of a story -> its ids and its size
+        self.questions_read = {}  # a task -> what `read_questions` returned for it
+
+        if documents is None:
+            documents = background.documents(folder)
+        self.sentences = []  # the background, each sentence with a space before it
+        for passage in background.split(documents, part):
+            for sentence in passage:
+                if self.gpt2 is None or self.is_long_enough(sentence):
+                    self.sentences.append(" " + sentence)
         if not self.sentences:
-            raise ValueError(f"the background {folder or 'shipped with Python'} has no sentence for {part}: "
-                             "give a folder with more text")
-        coded = [tokenizer.encode(s) for s in self.sentences]
-        self.prose = np.array([t for c in coded for t in c], dtype=np.int64)        # all sentences, one run
-        self.starts = np.cumsum([0] + [len(c) for c in coded])                      # where each begins
-        self.sizes = np.cumsum([0] + [self.size(s, c) for s, c in zip(self.sentences, coded)])  # counted
-        self.chars_per_token = sum(map(len, self.sentences)) / len(self.prose)
+            raise ValueError(
+                f"the background {folder or 'shipped with Python'} has no sentence for {part}: "
+                "give a folder with more text"
+            )
+
+        prose = []
+        starts = [0]
+        sizes = []
+        for sentence in self.sentences:
+            ids = tokenizer.encode(sentence)
+            prose.extend(ids)
+            starts.append(len(prose))
+            sizes.append(self.size(sentence, ids))
+        self.prose = np.array(prose, dtype=np.int64)  # the ids of all sentences, one after another
+        self.starts = starts  # where each sentence starts in `prose`, and where the last one stops
+        self.sizes = np.cumsum([0, *sizes])  # the same in sizes: sizes[i] is that of i sentences
+        n_characters = sum(len(sentence) for sentence in self.sentences)
+        self.chars_per_token = n_characters / len(self.prose)
+
+    def is_long_enough(self, sentence: str) -> bool:
+        """Whether the benchmark would keep a sentence of background."""
+        return len(self.gpt2.encode_ordinary(sentence.strip())) >= MIN_GPT2_TOKENS
 
     def size(self, text: str, ids: Sequence[int]) -> float:
-        """What a sentence with the space before it counts."""
+        """The size of a text with these ids in the model's own tokens."""
         if self.count == "own":
             return len(ids)
-        return len(self.gpt2.encode_ordinary(text)) if self.count == "gpt2" else len(text) / CHARS
+        if self.count == "gpt2":
+            return len(self.gpt2.encode_ordinary(text))
+        return len(text) / CHARS
 
     def encode(self, sentence: str) -> tuple[np.ndarray, float]:
-        """Ids and size of a sentence of a story; few differ, so they are kept."""
-        if sentence not in self.cache:
-            ids = np.array(self.tokenizer.encode(" " + sentence), dtype=np.int64)
-            self.cache[sentence] = ids, self.size(" " + sentence, ids)
-        return self.cache[sentence]
+        """The ids and the size of a sentence of a story, with a space before it.
+
+        Stories repeat few sentences again and again, so the results are kept."""
+        if sentence not in self.encoded:
+            text = " " + sentence
+            ids = np.array(self.tokenizer.encode(text), dtype=np.int64)
+            self.encoded[sentence] = ids, self.size(text, ids)
+        return self.encoded[sentence]
 
     def ids(self, sentence: str) -> np.ndarray:
-        """The ids of a sentence of a story."""
+        """The ids of a sentence of a story, with a space before it."""
         return self.encode(sentence)[0]
 
-    def story(self, task: str, n_facts: int | None, rng: random.Random, asides: int = 0,
-              tasks: Sequence[str] = ()) -> tuple[list[str], list[babi.Question], Asides]:
-        """Facts of a story of this part and questions on them: as bAbI asks (n_facts None), one; else
-        everything that can be asked after n_facts facts, or after more where so few allow no question, also
-        by other `tasks`, and at up to so many earlier points some of what can be asked there."""
+    def story(
+        self,
+        task: str,
+        n_facts: int | None,
+        rng: random.Random,
+        asides: int = 0,
+        tasks: Sequence[str] = (),
+    ) -> tuple[list[str], list[babi.Question], Asides]:
+        """The facts of a story of this part, the questions behind them, and those on the way.
+
+        n_facts  None for a story with one question, as bAbI asks it. Otherwise the number of facts,
+                 and everything is asked that they can answer. There are more facts where n_facts
+                 are too few for any question
+        asides   the most points before the last fact at which questions are asked as well
+        tasks    other tasks that may ask about the story, too"""
         if self.stories is not None:
-            return self.story_read(task, n_facts, rng)
+            facts, question = self.story_read(task, n_facts, rng)
+            return facts, [question], []
         rules = babi.TASKS[task]
         while True:
             if n_facts is None:
                 story = rules.story(rng)
-                n, question = story.questions[int(rng.random() * len(story.questions))]
-                events, questions = story.events[:n], [question]
+                n_before, question = story.questions[int(rng.random() * len(story.questions))]
+                events = story.events[:n_before]
+                questions = [question]
             else:
                 events, questions = rules.lesson(n_facts, rng)
                 questions = babi.with_others(task, events, questions, tasks, rng)
-            texts = [e.text for e in events]
+            texts = [event.text for event in events]
             if story_part(texts) == self.part:
                 break
-        end = len(events)
-        points = sorted({1 + int(rng.random() * (end - 1)) for _ in range(asides * (end > 2))})
-        found = [(n, babi.with_others(task, events[:n], rules.everything(events[:n], rng), tasks, rng))
-                 for n in points if story_part(texts[:n]) == self.part]     # so far it may be the other's
-        return texts, questions, [(n, q) for n, qs in found for q in qs[:1 + int(rng.random() * len(qs))]]
 
-    def story_read(self, task: str, n_facts: int | None, rng: random.Random
-                   ) -> tuple[list[str], list[babi.Question], Asides]:
-        """The same from original files: one of the questions that they ask, with n_facts facts before it or
-        fewer, as far as there are such."""
-        if task not in self.pools:
-            read = babi.read_stories(self.stories, task, self.part)
-            pool = sorted(((n, story, q) for story in read for n, q in story.questions), key=lambda x: x[0])
-            self.pools[task] = pool, [n for n, _, _ in pool]
-        pool, counts = self.pools[task]
-        most = len(pool) if n_facts is None else bisect.bisect_right(counts, max(n_facts, counts[0]))
-        n, story, question = pool[int(rng.random() * most)]
-        return [e.text for e in story.events[:n]], [question], []
+        points = set()  # numbers of facts after which questions are asked on the way
+        if len(events) > 2:
+            for _ in range(asides):
+                points.add(1 + int(rng.random() * (len(events) - 1)))
+        candidates = []  # what can be asked at each of the points
+        for point in sorted(points):
+            # The beginning of a story of training may be a story of validation.
+            if story_part(texts[:point]) != self.part:
+                continue
+            beginning = events[:point]
+            own = rules.everything(beginning, rng)
+            possible = babi.with_others(task, beginning, own, tasks, rng)
+            candidates.append((point, possible))
+        early = []
+        for point, possible in candidates:
+            n_asked = 1 + int(rng.random() * len(possible))
+            for question in possible[:n_asked]:
+                early.append((point, question))
+        return texts, questions, early
+
+    def story_read(
+        self, task: str, n_facts: int | None, rng: random.Random
+    ) -> tuple[list[str], babi.Question]:
+        """The facts before a random question of the original files, and that question.
+
+        n_facts  most facts, None for any number. If every question has more facts before it, one
+                 of those with the fewest is taken"""
+        if task not in self.questions_read:
+            self.questions_read[task] = self.read_questions(task)
+        candidates = self.questions_read[task]
+        n_candidates = len(candidates)
+        if n_facts is not None:
+            fewest = candidates[0][0]
+            most = max(n_facts, fewest)
+            n_candidates = bisect.bisect_right(candidates, most, key=lambda entry: entry[0])
+        n_before, story, question = candidates[int(rng.random() * n_candidates)]
+        texts = [event.text for event in story.events[:n_before]]
+        return texts, question
+
+    def read_questions(self, task: str) -> list[tuple[int, babi.Story, babi.Question]]:
+        """All questions of the original files of a task, the one with the fewest facts first.
+
+        Each comes with the number of facts before it and with its story."""
+        found = []
+        for story in babi.read_stories(self.stories, task, self.part):
+            for n_before, question in story.questions:
+                found.append((n_before, story, question))
+        found.sort(key=lambda entry: entry[0])
+        return found
 
     def background(self, length: float, rng: random.Random) -> list[np.ndarray]:
-        """Consecutive sentences from a random start, `length` in all; goes round at the text's end."""
-        n, total = len(self.sentences), self.sizes[-1]
-        first = int(rng.random() * n)
+        """The ids of consecutive sentences from a random start, whose sizes add up to `length`.
+
+        The last sentence is cut where it is too long. Behind the last sentence of the text comes
+        its first one again."""
+        n_sentences = len(self.sentences)
+        first = int(rng.random() * n_sentences)
         if length <= 0:
             return []
-        stop = self.sizes[first] + length                           # counted on round after round
-        rounds, rest = divmod(stop, total)
-        last = int(rounds) * n + int(np.searchsorted(self.sizes, rest)) - 1     # the sentence that is cut
-        which = [i % n for i in range(first, last + 1)]
-        pieces = [self.prose[self.starts[i]:self.starts[i + 1]] for i in which]
-        over = (last + 1) // n * total + self.sizes[(last + 1) % n] - stop      # how much too long they are
-        return pieces[:-1] + [self.cut(which[-1], over)] if over > 0 else pieces
+        # Behind the text's end, sentences and sizes are counted on.
+        size_of_text = self.sizes[-1]
+        stop = self.sizes[first] + length
+        rounds, stop_in_round = divmod(stop, size_of_text)
+        last_in_round = int(np.searchsorted(self.sizes, stop_in_round)) - 1
+        last = int(rounds) * n_sentences + last_in_round
+        pieces = []
+        for i in range(first, last + 1):
+            at = i % n_sentences
+            pieces.append(self.prose[self.starts[at] : self.starts[at + 1]])
+        behind_last = last + 1
+        end = behind_last // n_sentences * size_of_text + self.sizes[behind_last % n_sentences]
+        if end > stop:
+            pieces[-1] = self.cut(last % n_sentences, end - stop)
+        return pieces
 
-    def cut(self, i: int, over: float) -> np.ndarray:
-        """Sentence i without the last `over` that it counts."""
-        text = self.sentences[i]
+    def cut(self, i: int, surplus: float) -> np.ndarray:
+        """The ids of sentence i of the background without the last `surplus` of its size."""
         if self.count == "own":
-            return self.prose[self.starts[i]:self.starts[i + 1] - int(over)]
-        if self.count == "chars":
-            return np.array(self.tokenizer.encode(text[:len(text) - round(over * CHARS)]), dtype=np.int64)
-        text = self.gpt2.decode(self.gpt2.encode_ordinary(text)[:-int(over)])
+            return self.prose[self.starts[i] : self.starts[i + 1] - int(surplus)]
+        text = self.sentences[i]
+        if self.count == "gpt2":
+            kept = self.gpt2.encode_ordinary(text)[: -int(surplus)]
+            text = self.gpt2.decode(kept)
+        else:
+            text = text[: len(text) - round(surplus * CHARS)]
         return np.array(self.tokenizer.encode(text), dtype=np.int64)
 
-    def assemble(self, texts: list[str], questions: list[babi.Question], length: float, rng: random.Random,
-                 asides: Asides = ()) -> Document:
-        """Hide the facts in background: `length` counted together, or the facts alone if length is 0. Each
-        aside is asked and answered somewhere between the last fact that it knows and the next."""
-        facts = [self.encode(t) for t in texts]
-        noise = self.background(length - sum(size for _, size in facts), rng)
-        gaps = sorted(int(rng.random() * (len(noise) + 1)) for _ in facts)
-        marks = [(gap, i, ids) for i, (gap, (ids, _)) in enumerate(zip(gaps, facts))]
-        ends = gaps + [len(noise)]
-        marks += [(ends[n - 1] + int(rng.random() * (ends[n] - ends[n - 1] + 1)), n - 0.5, question)
-                  for n, question in asides]                        # behind fact n - 1, before fact n
-        sentences, places, used = [], [], 0
-        for gap, order, what in sorted(marks, key=lambda mark: mark[:2]):
-            sentences += noise[used:gap]
-            if isinstance(order, int):
+    def assemble(
+        self,
+        texts: list[str],
+        questions: list[babi.Question],
+        length: float,
+        rng: random.Random,
+        asides: Asides = (),
+    ) -> Document:
+        """A document of facts with background around them.
+
+        texts      the facts
+        questions  what is asked behind the context
+        length     the size of the context. The facts stand alone if it is not above their size
+        asides     what is asked within the context: somewhere behind the last fact that the
+                   question knows of, and before the next fact"""
+        facts = [self.encode(text) for text in texts]
+        size_of_facts = sum(size for _, size in facts)
+        prose = self.background(length - size_of_facts, rng)
+        # A gap is the number of background sentences before what is put in there.
+        gaps = sorted(int(rng.random() * (len(prose) + 1)) for _ in facts)
+        inserts = []  # (gap, order within the gap, what is put in)
+        for i, (ids, _) in enumerate(facts):
+            inserts.append((gaps[i], i, ids))
+        gaps.append(len(prose))
+        for n_before, question in asides:
+            low = gaps[n_before - 1]
+            high = gaps[n_before]
+            gap = low + int(rng.random() * (high - low + 1))
+            inserts.append((gap, n_before - 0.5, question))  # between two facts of the same gap
+        inserts.sort(key=lambda insert: insert[:2])
+
+        sentences = []
+        places = []
+        n_used = 0  # sentences of background
+        for gap, _, content in inserts:
+            sentences.extend(prose[n_used:gap])
+            n_used = gap
+            if not isinstance(content, babi.Question):
                 places.append(len(sentences))
-            sentences.append(what)
-            used = gap
-        return join(sentences + noise[used:], places, texts, questions, self.ids,
-                    self.tokenizer.eot)
+            sentences.append(content)
+        sentences.extend(prose[n_used:])
+        return join(sentences, places, texts, questions, self.ids, self.tokenizer.eot)
 
     def sample(self, task: str, length: int, rng: random.Random, tries: int = 1000) -> Document:
-        """One question at the end of `length` tokens, as the benchmark asks it. Stories that do not fit are
-        passed over; ValueError if none fits, or for an unknown task."""
+        """A document with one question at its end, as the benchmark asks it.
+
+        length  of the context, as its name counts it; 0 for the facts alone
+        tries   stories to draw until the facts of one fit into the length
+
+        ValueError for a task that does not exist, and if no story fits."""
         if task not in babi.TASKS:
             raise ValueError(f"task {task!r} is unknown: choose from {' '.join(babi.TASKS)}")
-        room = length if self.count == "own" else length - LESS
+        if length == 0:
+            size = 0
+        elif self.count == "own":
+            size = length
+        else:
+            size = length - LESS
         for _ in range(tries):
             texts, questions, _ = self.story(task, None, rng)
-            if length == 0 or sum(self.encode(t)[1] for t in texts) <= room:
-                return self.assemble(texts, questions, room if length else 0, rng)
-        raise ValueError(f"length {length} is too short for the facts of {task}: give more tokens, "
-                         "or 0 for no background")
+            if length == 0 or sum(self.encode(text)[1] for text in texts) <= size:
+                return self.assemble(texts, questions, size, rng)
+        raise ValueError(
+            f"length {length} is too short for the facts of {task}: give more tokens, "
+            "or 0 for no background"
+        )
 
 
-Samples = Callable[[str, int, int], Document]  # (task, length, i) -> sample i of that cell, always the same
+# samples(task, length, i) is sample i of a task and a length, the same one at every call.
+Samples = Callable[[str, int, int], Document]
 
 
 def generated(builder: Builder, seed: int) -> Samples:
-    """Samples that depend on seed, task, length and i alone, so that models answer the same questions."""
-    return lambda task, length, i: builder.sample(task, length, random.Random(f"{seed} {task} {length} {i}"))
+    """Samples of a builder that depend on the seed, task, length and number of a sample alone.
+
+    So all models answer the same questions."""
+
+    def sample(task: str, length: int, i: int) -> Document:
+        return builder.sample(task, length, random.Random(f"{seed} {task} {length} {i}"))
+
+    return sample
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m data.babilong", __doc__.split("\n")[0])
-    parser.add_argument("--task", default="qa1", help="bAbI task (default qa1)")
-    parser.add_argument("--length", default="1k",
-                        help="tokens of facts + background: 0k, 4k, 1M, ... (default 1k)")
-    parser.add_argument("--part", default="val", choices=("train", "val"),
-                        help="which stories and prose (default val)")
-    parser.add_argument("--background", default=None,
-                        help="folder of .txt files (default: Python's documentation)")
-    parser.add_argument("--stories", default=None,
-                        help="file or folder of original bAbI files (default: generated stories)")
-    parser.add_argument("--count", default="own", choices=COUNTS,
-                        help="what a length counts: own tokens, GPT-2's, or 4.4 characters (default own)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default 0)")
+    add = parser.add_argument
+    add("--task", default="qa1", help="The bAbI task of the sample (default qa1).")
+    add(
+        "--length",
+        default="1k",
+        help="The tokens of facts and background together: 0k, 4k, 1M, ... (default 1k).",
+    )
+    add(
+        "--part",
+        default="val",
+        choices=("train", "val"),
+        help="The stories and prose to take: those of training or of validation (default val).",
+    )
+    add(
+        "--background",
+        default=None,
+        help="The folder of .txt files to take the prose from (default: Python's documentation).",
+    )
+    add(
+        "--stories",
+        default=None,
+        help="The file or folder of original bAbI files (default: generated stories).",
+    )
+    add(
+        "--count",
+        default="own",
+        choices=COUNTS,
+        help="What a length counts: the model's own tokens, those of GPT-2, or 4.4 characters "
+        "for each token (default own).",
+    )
+    add("--seed", type=int, default=0, help="The seed of the sample (default 0).")
     args = parser.parse_args(argv)
     with one_line("python -m data.babilong"):
         builder = Builder(load(), args.part, args.background, None, args.stories, args.count)
-        doc = builder.sample(args.task, parse_length(args.length), random.Random(args.seed))
-        text, question = builder.tokenizer.decode(doc.prompt()).strip(), doc.questions[0]
-        print(text, f"answer: {question.answer}",
-              f"{len(doc.facts)} facts, needed: {' '.join(doc.texts[i] for i in question.support)}",
-              f"{doc.context_len} tokens, {len(text) / len(doc.prompt()):.2f} characters a token here, "
-              f"{builder.chars_per_token:.2f} in all the background", sep="\n")
+        rng = random.Random(args.seed)
+        document = builder.sample(args.task, parse_length(args.length), rng)
+        prompt = document.prompt()
+        text = builder.tokenizer.decode(prompt).strip()
+        question = document.questions[0]
+        needed = " ".join(document.texts[i] for i in question.support)
+        print(text)
+        print(f"answer: {question.answer}")
+        print(f"{len(document.facts)} facts, needed: {needed}")
+        print(
+            f"{document.context_len} tokens, "
+            f"{len(text) / len(prompt):.2f} characters a token here, "
+            f"{builder.chars_per_token:.2f} in all the background"
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Background prose for BABILong: English sentences that are on every machine, or those of your own books.
+"""Background prose for BABILong: English sentences that every Python has, or those of your books.
 
     python -m data.background                      # counts and samples of Python's documentation
-    python -m data.background --background books/  # the same for .txt files, say novels
+    python -m data.background --background books/  # the same for a folder of .txt files, say novels
 
-Writes nothing. The shipped documentation, and so the default text, differs a little between Python versions.
+Writes nothing. The documentation differs a little between versions of Python, and so does the
+default background.
 """
 
 import ast
@@ -17,47 +18,86 @@ from pathlib import Path
 
 from data.common import Parser
 
-MIN_WORDS = 8  # BABILong drops sentences under 10 GPT-2 tokens, about 8 words, so facts are the short ones
-PASSAGE = 32  # sentences that go to train or val as a whole
+# BABILong drops sentences under 10 GPT-2 tokens, which are about 8 words. So a short sentence is a
+# fact.
+MIN_WORDS = 8
+PASSAGE = 32  # sentences that go to train or to val together
 VAL_PERCENT = 10  # of the passages
-# Tests and tables hold no prose, installed packages differ between machines, and topics are read apart.
-SKIP = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "ensurepip", "encodings",
-        "pydoc_data", "turtledemo"}
+# Parts of Python's library that are not read. Tests and tables hold no prose, installed packages
+# differ between machines, and the topics of pydoc_data are read in another way.
+SKIP = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "ensurepip",
+    "encodings",
+    "pydoc_data",
+    "turtledemo",
+}
 
 PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "—": "--", "–": "-", "…": "..."})
-BULLET = re.compile(r"^ *(?:[-*+]|\(?\d{1,2}[.)]) +", re.MULTILINE)
-INDENT_CHANGES = re.compile(r"^( *)(\S.*)\n(?!\1\S)", re.MULTILINE)  # a heading, a list or code
-MARKUP = re.compile(r":[a-z:]+:(?=`)|`+|(?<![\w*])(?:\*{1,2}|_)(?=\w)|(?<=[^\s_])(?:\*{1,2}|_)(?![\w_])")
-# A full stop ends no sentence after an abbreviation or an initial ("J. Smith"); "I." may be an end.
-SHORT = "Mr Mrs Ms Messrs Dr St Prof Rev Hon Capt Col Gen Lieut Mme Mlle Jr cf vs viz etc al e.g i.e".split()
-NOT_AFTER = "".join(rf"(?<!\b{re.escape(word)}\.)" for word in [*SHORT, *"ABCDEFGHJKLMNOPQRSTUVWXYZ"])
+BULLET = re.compile(r"^ *(?:[-*+]|\(?\d{1,2}[.)]) +", re.MULTILINE)  # "- ", "* ", "2. ", "(3) "
+# A line whose next line is blank or indented otherwise: a heading, or the end of a list.
+INDENT_CHANGES = re.compile(r"^( *)(\S.*)\n(?!\1\S)", re.MULTILINE)
+MARKUP = re.compile(
+    r":[a-z:]+:(?=`)|`+"  # a role before a backtick, such as :class:, and backticks
+    r"|(?<![\w*])(?:\*{1,2}|_)(?=\w)"  # *, ** or _ before a word
+    r"|(?<=[^\s_])(?:\*{1,2}|_)(?![\w_])"  # the same behind a word
+)
+# A full stop behind one of these abbreviations or behind an initial ("J. Smith") ends no sentence.
+# A full stop behind "I" may end one.
+SHORT = """
+Mr Mrs Ms Messrs Dr St Prof Rev Hon Capt Col Gen Lieut Mme Mlle Jr cf vs viz etc al e.g i.e
+""".split()  # noqa: SIM905
+INITIALS = "ABCDEFGHJKLMNOPQRSTUVWXYZ"
+NOT_AFTER = "".join(rf"(?<!\b{re.escape(word)}\.)" for word in [*SHORT, *INITIALS])
+# Between two sentences. Group 1 is what ends the first of them.
 BOUNDARY = re.compile(rf"""([.!?]{NOT_AFTER}["')]*)\s+(?=["'(]*[A-Z])""")
 SENTENCE = re.compile(r"""["']?[A-Z].*[.!?]["']?""")
-CODE = re.compile(r"""[][<>{}|\\=_@#~^*+$%`]|::|\(\)|""|\.{4}|---|\W/|/\W|\s-+\w"""
-                  r"""|[a-z](?<!\bMc)(?<!\bMac)[A-Z]|(?<!\b[aeip])\.[a-z]""")  # os.path is code, e.g. is not
+CODE = re.compile(
+    r"""[][<>{}|\\=_@#~^*+$%`]|::|\(\)|""|\.{4}|---|\W/|/\W|\s-+\w"""
+    r"""|[a-z](?<!\bMc)(?<!\bMac)[A-Z]"""  # camelCase, but not McGregor
+    r"""|(?<!\b[aeip])\.[a-z]"""  # os.path, but not e.g.
+)
 
 
 def is_clean(sentence: str) -> bool:
-    """True for a sentence of running English: long enough, complete, no code, markup or table."""
+    """Whether a sentence is running English: long enough, complete, no code, markup or table."""
     words = sentence.split()
-    return (len(words) >= MIN_WORDS and SENTENCE.fullmatch(sentence) is not None
-            and CODE.search(sentence) is None and sentence.count("(") == sentence.count(")")
-            and sum(map(str.isalpha, sentence)) + sentence.count(" ") >= 0.9 * len(sentence)
-            and sum(len(w) > 2 and w.isupper() for w in words) <= len(words) // 4)
+    if len(words) < MIN_WORDS:
+        return False
+    if SENTENCE.fullmatch(sentence) is None or CODE.search(sentence) is not None:
+        return False
+    if sentence.count("(") != sentence.count(")"):
+        return False
+    n_plain = sum(map(str.isalpha, sentence)) + sentence.count(" ")
+    if n_plain < 0.9 * len(sentence):
+        return False
+    n_shouted = sum(len(word) > 2 and word.isupper() for word in words)
+    return n_shouted <= len(words) // 4
 
 
 def sentences(text: str, markup: bool = False) -> Iterator[str]:
-    """The clean sentences of paragraphs between blank lines; `markup` sets lists and code apart first."""
+    """The clean sentences of a text whose paragraphs have blank lines between them.
+
+    markup  the text is documentation: its lists and code are taken out of the paragraphs first"""
     text = text.translate(PLAIN)
     if markup:
-        text = INDENT_CHANGES.sub(r"\1\2\n\n", BULLET.sub(lambda m: "\n" + " " * len(m[0]), text))
+        text = BULLET.sub(lambda bullet: "\n" + " " * len(bullet[0]), text)
+        text = INDENT_CHANGES.sub(r"\1\2\n\n", text)
     for paragraph in re.split(r"\n\s*\n", text):
-        line = MARKUP.sub("", " ".join(paragraph.split()))
-        yield from filter(is_clean, BOUNDARY.sub(r"\1\n", line).split("\n"))
+        line = " ".join(paragraph.split())
+        line = MARKUP.sub("", line)
+        for sentence in BOUNDARY.sub(r"\1\n", line).split("\n"):
+            if is_clean(sentence):
+                yield sentence
 
 
 def docstrings(node: ast.AST) -> Iterator[str]:
-    """The docstrings of a module, its classes and functions, in the order of the source."""
+    """The docstrings of a module and of its classes and functions, in the order of the source."""
     yield ast.get_docstring(node) or ""
     for child in node.body:
         if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -65,99 +105,169 @@ def docstrings(node: ast.AST) -> Iterator[str]:
 
 
 def shipped_texts() -> Iterator[str]:
-    """What Python brings along: the topics of `help()`, then each library module's docstrings as one text."""
+    """The topics of Python's `help()`, then the docstrings of each module of its library."""
     try:
         from pydoc_data.topics import topics
-        yield from (topics[name] for name in sorted(topics))
-    except ImportError:  # packaged apart by some distributions; the docstrings are the larger part
-        pass
-    root = Path(sysconfig.get_paths()["stdlib"])
-    tops = [p for p in root.glob("*") if p.name not in SKIP]  # first, as site-packages can be huge
-    files = [f for p in tops for f in (p.rglob("*.py") if p.is_dir() else [p]) if f.suffix == ".py"]
-    for file in sorted(f for f in files if not SKIP & set(f.relative_to(root).parts)):
+
+        for name in sorted(topics):
+            yield topics[name]
+    except ImportError:
+        pass  # some systems package the topics apart; most prose is in the docstrings
+    for file in library_files():
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a stray backslash in a module is not our business
-                yield "\n\n".join(docstrings(ast.parse(file.read_bytes())))
+                warnings.simplefilter("ignore")  # of a stray backslash in a module
+                module = ast.parse(file.read_bytes())
+            yield "\n\n".join(docstrings(module))
         except (OSError, SyntaxError, ValueError, RecursionError):
-            continue  # not readable, or not Python: its prose is not missed
+            continue  # the file cannot be read or is not Python
+
+
+def library_files() -> list[Path]:
+    """The source files of Python's library, without those under a name in SKIP, sorted."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = []
+    for path in root.glob("*"):
+        if path.name in SKIP:
+            continue  # before its files are listed, as site-packages can be huge
+        if path.is_dir():
+            files.extend(path.rglob("*.py"))
+        elif path.suffix == ".py":
+            files.append(path)
+    return sorted(file for file in files if not SKIP & set(file.relative_to(root).parts))
 
 
 def book(file: Path) -> str:
-    """The text of a book, without Project Gutenberg's licence around it; ValueError if it is not UTF-8."""
+    """The text of a book without the licence that Project Gutenberg puts around it.
+
+    ValueError if it is not UTF-8."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 (byte {error.start}): convert it or move it away") from None
+        raise ValueError(
+            f"{file} is not UTF-8 (byte {error.start}): convert it or move it away"
+        ) from None
     text = re.split(r"\*\*\* ?START OF .*?\*\*\*", text, maxsplit=1)[-1]
     return re.split(r"\*\*\* ?END OF ", text, maxsplit=1)[0]
 
 
 def documents(folder: str | Path | None = None) -> list[list[str]]:
-    """Documents, each a list of clean sentences in natural order: Python's own, or a folder's .txt files.
+    """Documents, each a list of clean sentences in their natural order.
 
-    A sentence that a book repeats is kept once; Python's modules copy each other, so there once in all.
-    A folder that cannot be used raises ValueError.
-    """
+    folder  every .txt file in it is a document. None for Python's documentation
+
+    A sentence that a book repeats is kept once in that book. Python's modules copy each other, so
+    there a sentence is kept once in all. ValueError for a folder that cannot be used."""
     if folder is None:
-        seen: set[str] = set()
-        found = [[s for s in sentences(text, markup=True) if not (s in seen or seen.add(s))]
-                 for text in shipped_texts()]
-        mend = "this Python came without the sources of its library: name a folder of .txt files"
-    else:
-        folder = Path(folder)
-        if not folder.is_dir():
-            what = "is not a folder" if folder.exists() else "does not exist"
-            raise ValueError(f"background {folder} {what}: name a folder of .txt files")
-        files = sorted(f for f in folder.iterdir() if f.suffix == ".txt" and f.is_file())
-        found = [list(dict.fromkeys(sentences(book(file)))) for file in files]
+        found = shipped_documents()
+        if not found:
+            raise ValueError(
+                "this Python came without the sources of its library: name a folder of .txt files"
+            )
+        return found
+    folder = Path(folder)
+    if not folder.exists():
+        raise ValueError(f"background {folder} does not exist: name a folder of .txt files")
+    if not folder.is_dir():
+        raise ValueError(f"background {folder} is not a folder: name a folder of .txt files")
+    files = sorted(file for file in folder.iterdir() if file.suffix == ".txt" and file.is_file())
+    found = []
+    for file in files:
+        document = list(dict.fromkeys(sentences(book(file))))  # each sentence once, in order
+        if document:
+            found.append(document)
+    if not found:
         what = "no English sentence in its .txt files" if files else "no .txt file"
-        mend = f"folder {folder} holds {what}: put plain-text novels there"
-    if not any(found):
-        raise ValueError(f"{mend}")
-    return [document for document in found if document]
+        raise ValueError(f"folder {folder} holds {what}: put plain-text novels there")
+    return found
+
+
+def shipped_documents() -> list[list[str]]:
+    """Python's documentation as documents. No sentence comes twice."""
+    found = []
+    seen = set()
+    for text in shipped_texts():
+        document = []
+        for sentence in sentences(text, markup=True):
+            if sentence not in seen:
+                seen.add(sentence)
+                document.append(sentence)
+        if document:
+            found.append(document)
+    return found
 
 
 def split(documents: list[list[str]], part: str) -> list[list[str]]:
-    """The passages of `part`, "train" or "val", in natural order; neighbours in one document are merged.
+    """The passages of a part, "train" or "val", in natural order. ValueError for another part.
 
-    The unit is PASSAGE sentences, placed by a hash of its own text: more documents move nothing across.
-    Train is without the sentences that occur in val too.
-    """
+    Each document is divided into passages of PASSAGE sentences. A hash of a passage's own text
+    decides its part, so that more documents move no passage to the other part. Neighbours of the
+    same part are then merged. Sentences that also occur in val are left out of train."""
     if part not in ("train", "val"):
         raise ValueError(f'part is {part!r}: say "train" or "val"')
     passages: dict[str, list[list[str]]] = {"train": [], "val": []}
     for document in documents:
-        last = None
+        last_side = None
         for start in range(0, len(document), PASSAGE):
-            passage = document[start:start + PASSAGE]
-            digest = hashlib.blake2b("\n".join(passage).encode("utf-8"), digest_size=8).digest()
-            side = "val" if int.from_bytes(digest, "big") % 100 < VAL_PERCENT else "train"
-            if side != last:
+            passage = document[start : start + PASSAGE]
+            side = passage_part(passage)
+            if side != last_side:
                 passages[side].append([])
             passages[side][-1].extend(passage)
-            last = side
+            last_side = side
     if part == "val":
         return passages["val"]
-    held_out = {s for passage in passages["val"] for s in passage}
-    kept = [[s for s in passage if s not in held_out] for passage in passages["train"]]
-    return [passage for passage in kept if passage]
+    held_out = set()
+    for passage in passages["val"]:
+        held_out.update(passage)
+    kept = []
+    for passage in passages["train"]:
+        rest = [sentence for sentence in passage if sentence not in held_out]
+        if rest:
+            kept.append(rest)
+    return kept
+
+
+def passage_part(passage: list[str]) -> str:
+    """The part that a passage belongs to, "train" or "val", by a hash of its text."""
+    digest = hashlib.blake2b("\n".join(passage).encode("utf-8"), digest_size=8).digest()
+    if int.from_bytes(digest, "big") % 100 < VAL_PERCENT:
+        return "val"
+    return "train"
+
+
+def counts_line(name: str, passages: list[list[str]], unit: str) -> str:
+    """A line with the numbers of sentences, of characters, and of passages, which `unit` names."""
+    n_sentences = sum(len(passage) for passage in passages)
+    n_characters = 0
+    for passage in passages:
+        for sentence in passage:
+            n_characters += len(sentence) + 1  # with the space before it
+    return (
+        f"{name:5s} {n_sentences:7,d} sentences {n_characters:10,d} characters "
+        f"in {len(passages):,d} {unit}"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m data.background", __doc__.split("\n")[0])
-    parser.add_argument("--background", metavar="FOLDER",
-                        help="folder of UTF-8 .txt files (default: the documentation that ships with Python)")
+    parser.add_argument(
+        "--background",
+        metavar="FOLDER",
+        help="The folder of UTF-8 .txt files to read (default: the documentation that ships with "
+        "Python).",
+    )
     args = parser.parse_args(argv)
     try:
-        texts = documents(args.background)
+        found = documents(args.background)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    for part, passages in (("all", texts), ("train", split(texts, "train")), ("val", split(texts, "val"))):
-        characters = sum(len(s) + 1 for passage in passages for s in passage)
-        print(f"{part:5s} {sum(map(len, passages)):7,d} sentences {characters:10,d} characters "
-              f"in {len(passages):,d} {'documents' if part == 'all' else 'passages'}")
-    every = [s for document in texts for s in document]
+    print(counts_line("all", found, "documents"))
+    print(counts_line("train", split(found, "train"), "passages"))
+    print(counts_line("val", split(found, "val"), "passages"))
+    every = []
+    for document in found:
+        every.extend(document)
     for sentence in random.Random(0).sample(every, min(5, len(every))):
         print(f"  {sentence}")
 

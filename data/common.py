@@ -100,6 +100,9 @@ def one_line(prog: str, is_silent: bool = False) -> Iterator[None]:
     one line on standard error and exit code 2. So does a lack of memory.
 
     is_silent  without the line and with exit code 1, as another process prints it"""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # "?" for a sign that the console lacks
     try:
         yield
     except KeyboardInterrupt:
@@ -127,8 +130,8 @@ def one_line(prog: str, is_silent: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def interrupts_kept(times: list[float]) -> Iterator[None]:
-    """Within it Ctrl-C only notes its time in `times`, so that a run can end in order. A second one
-    raises KeyboardInterrupt at once.
+    """Within it Ctrl-C and SIGTERM only note their time in `times`, so that a run can end in order.
+    A second one raises KeyboardInterrupt at once.
 
     A terminal sends Ctrl-C to a launcher such as torchrun, too, which passes it on. So a signal
     within two seconds of the first one is taken for the same."""
@@ -140,11 +143,12 @@ def interrupts_kept(times: list[float]) -> Iterator[None]:
         if not times:
             times.append(now)
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -172,11 +176,13 @@ class JsonLines:
         try:
             if fcntl:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self.file.close()
             raise ValueError(
                 f"another run writes {path}: give another --out_dir, or end that one"
             ) from None
+        except OSError:
+            pass  # a file system without locks, as some network mounts are
         n_kept = 0  # bytes
         if step is not None:
             self.file.seek(0)

@@ -1,113 +1,180 @@
-"""A document: sentences in a row, some of them facts, then a question and its answer, as ids of a tokenizer.
+"""A document: sentences, some of them facts, then a question and its answer, as token ids.
 
     from data.document import Document, from_text, parse_length
+    document = from_text(tokenizer, "Mary went home. It rained.", "Where is Mary?", "home")
 
-What data/babilong.py builds, training cuts batches of and the evaluation asks. Writes nothing.
+data/babilong.py builds documents, training cuts its batches out of them, and the evaluation asks
+their questions. This module also reads and writes lengths such as "4k". Writes nothing.
 """
-from typing import Callable, NamedTuple, Sequence
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from data import bm25
-from data.background import BOUNDARY
 from data.babi import Question
+from data.background import BOUNDARY
 from data.tokenizer import Tokenizer
 
 
 def parse_length(text: str) -> int:
-    """"0k", "4k", "1M" or a plain number -> tokens, in thousands as the benchmark's names are."""
-    unit = {"k": 1000, "m": 1000_000}.get(text[-1:].lower(), 1)
+    """The number of tokens that "0k", "4k", "1M" or a plain number stands for.
+
+    As in the names of the benchmark, k stands for 1,000 and M for 1,000,000. ValueError for
+    anything else, and above 1,000M."""
+    number = text
+    unit = 1
+    if text.endswith(("k", "K")):
+        number = text[:-1]
+        unit = 1000
+    elif text.endswith(("m", "M")):
+        number = text[:-1]
+        unit = 1_000_000
     try:
-        value = unit * int(text.strip() if unit == 1 else text[:-1])
+        length = unit * int(number)
     except ValueError:
-        value = -1
-    if not 0 <= value <= 10**9:
-        raise ValueError(f"length {text!r} is none: write 0k, 4k, 1M or a number of tokens, at most 1000M")
-    return value
+        length = -1
+    if not 0 <= length <= 10**9:
+        raise ValueError(
+            f"length {text!r} is not valid: write 0k, 4k, 1M or a number of tokens, at most 1000M"
+        )
+    return length
 
 
 def length_name(length: int) -> str:
-    """4000 -> "4k", 1000000 -> "1M", 96 -> "96"."""
-    if length and length % 1_000_000 == 0:
+    """The shortest name of a length: 4000 is "4k", 1000000 is "1M", 96 is "96"."""
+    if length > 0 and length % 1_000_000 == 0:
         return f"{length // 1_000_000}M"
-    return f"{length // 1000}k" if length % 1000 == 0 else str(length)
+    if length % 1000 == 0:
+        return f"{length // 1000}k"
+    return str(length)
 
 
 def read_lengths(texts: list[str], n: int) -> dict[int, int]:
-    """{tokens: samples} of lengths such as 4k and 64k:25."""
-    counts = {}
+    """From length to number of samples, for lengths as --lengths takes them: "4k" or "64k:25".
+
+    n  the number of samples of a length that does not name its own"""
+    n_samples = {}
     for text in texts:
         length, colon, own = text.partition(":")
-        if colon and not (own.isdecimal() and int(own)):
-            raise ValueError(f"--lengths {text!r}: samples stand behind the colon, such as 64k:25")
-        counts[parse_length(length)] = int(own or n)
-    return counts
+        if not colon:
+            n_samples[parse_length(length)] = n
+            continue
+        if not own.isdecimal() or int(own) == 0:
+            raise ValueError(
+                f"--lengths {text!r}: a number of samples stands behind the colon, such as 64k:25"
+            )
+        n_samples[parse_length(length)] = int(own)
+    return n_samples
 
 
 class Document(NamedTuple):
-    """Token ids of a document with what is to be answered in it."""
-    ids: np.ndarray                     # (T,) int64: context, (question, answer, end of text) once or more
-    answers: list[tuple[int, int]]      # start and stop of each answer in ids, its end of text included
-    questions: list[Question]
-    places: list[int]                   # which sentences of the context are the facts
-    texts: list[str]                    # the facts' sentences
-    cuts: list[int]                     # where each sentence of the context starts in ids, and its end
+    """The token ids of a document, and where its parts are.
+
+    The context comes first: facts and background, in sentences. Behind it come one or more
+    questions, each with its answer and the end of text. A lesson may have questions within the
+    context, too. A span is a pair (start, stop) of positions in `ids`."""
+
+    ids: np.ndarray  # (T,) int64
+    answers: list[tuple[int, int]]  # span of each answer, its end of text included
+    questions: list[Question]  # in the order of `answers`
+    places: list[int]  # which of the context's sentences are the facts
+    texts: list[str]  # the text of each fact
+    cuts: list[int]  # where each sentence of the context starts in `ids`, and where the last stops
 
     @property
     def facts(self) -> list[tuple[int, int]]:
-        """Start and stop of each fact in ids."""
-        return [(self.cuts[i], self.cuts[i + 1]) for i in self.places]
+        """The span of each fact."""
+        return [(self.cuts[place], self.cuts[place + 1]) for place in self.places]
 
     @property
     def context_len(self) -> int:
-        """Tokens of facts and background."""
+        """The number of tokens of the context."""
         return self.cuts[-1]
 
     def prompt(self) -> np.ndarray:
-        """What the model is given before it has to answer the first question."""
-        return self.ids[:self.answers[0][0]]
+        """The ids up to the end of the first question, which a model is given to answer."""
+        first_answer = self.answers[0][0]
+        return self.ids[:first_answer]
 
     def outside(self, segment_len: int) -> bool | None:
-        """Whether all facts that the first question needs lie before the segment in which it is answered;
-        None where it is not known which they are."""
-        last = (self.answers[0][0] - 1) // segment_len * segment_len
-        need = [self.cuts[self.places[i] + 1] for i in self.questions[0].support]
-        return all(stop <= last for stop in need) if need else None
+        """Whether all facts that the first question needs end before the segment of its answer.
+
+        The answer begins at the prompt's last token, so that token's segment counts. None if it is
+        not known which facts the question needs."""
+        support = self.questions[0].support
+        if not support:
+            return None
+        last_token = self.answers[0][0] - 1
+        segment_start = last_token // segment_len * segment_len
+        return all(self.facts[i][1] <= segment_start for i in support)
 
     def retrieve(self, tokenizer: Tokenizer, k: int) -> tuple[np.ndarray, bool | None]:
-        """The prompt with only the k sentences of the context that BM25 finds closest to the question, in
-        their order, and whether all that it needs are among them (None where that is not known)."""
-        spans = list(zip(self.cuts, self.cuts[1:]))
-        chosen = bm25.best([tokenizer.decode(self.ids[a:b]) for a, b in spans], self.questions[0].text, k)
-        pieces = [self.ids[slice(*spans[i])] for i in chosen]
-        need = {self.places[i] for i in self.questions[0].support}
-        return (np.concatenate(pieces + [self.ids[self.context_len:self.answers[0][0]]]),
-                need <= set(chosen) if need else None)
+        """The prompt with only k sentences of its context, those that BM25 finds for the question.
+
+        The second value says whether all facts that the question needs are among them. It is None
+        if it is not known which facts these are."""
+        question = self.questions[0]
+        sentences = []
+        for start, stop in pairwise(self.cuts):
+            sentences.append(self.ids[start:stop])
+        texts = [tokenizer.decode(sentence) for sentence in sentences]
+        chosen = bm25.best(texts, question.text, k)
+        kept = [sentences[i] for i in chosen]
+        asked = self.prompt()[self.context_len :]
+        prompt = np.concatenate([*kept, asked])
+        if not question.support:
+            return prompt, None
+        needed = {self.places[i] for i in question.support}
+        return prompt, needed <= set(chosen)
 
 
-def join(sentences: list[np.ndarray | Question], places: list[int], texts: list[str],
-         questions: list[Question], encode: Callable[[str], Sequence[int]], eot: int) -> Document:
-    """The context's sentences, then the questions. A question, there or in between, brings its answer and the
-    end of text with it."""
-    pieces, answers, cuts, asked = [], [], [0], []
+def join(
+    sentences: list[np.ndarray | Question],
+    places: list[int],
+    texts: list[str],
+    questions: list[Question],
+    encode: Callable[[str], Sequence[int]],
+    eot: int,
+) -> Document:
+    """A document of a context and the questions behind it.
+
+    sentences  the context in order: the ids of a sentence, or a question that is asked there
+    places     which of the sentences are facts
+    texts      the text of each fact
+    questions  what is asked behind the context
+    encode     gives the ids of a text, with a space before it
+    eot        the id of the end of text, which follows each answer"""
+    pieces = []
+    answers = []
+    asked = []
+    cuts = [0]
     for piece in [*sentences, *questions]:
+        start = cuts[-1]
         if isinstance(piece, Question):
-            text, answer = encode(piece.text), encode(piece.answer)
-            answers.append((cuts[-1] + len(text), cuts[-1] + len(text) + len(answer) + 1))
             asked.append(piece)
-            piece = np.concatenate([text, answer, [eot]])
+            question_ids = encode(piece.text)
+            answer_ids = encode(piece.answer)
+            piece = np.concatenate([question_ids, answer_ids, [eot]])
+            answers.append((start + len(question_ids), start + len(piece)))
         pieces.append(piece)
-        cuts.append(cuts[-1] + len(piece))
-    return Document(np.concatenate(pieces, dtype=np.int64), answers, asked, places, texts,
-                    cuts[:len(sentences) + 1])
+        cuts.append(start + len(piece))
+    ids = np.concatenate(pieces, dtype=np.int64)
+    return Document(ids, answers, asked, places, texts, cuts[: len(sentences) + 1])
 
 
 def from_text(tokenizer: Tokenizer, text: str, question: str, answer: str) -> Document:
-    """A sample of the published benchmark, white space made single spaces: which sentences are facts, nobody
-    tells."""
+    """A document of a published sample, whose white space becomes single spaces.
+
+    A published sample does not tell which of its sentences are facts, so the document names no
+    places and its question no support."""
+
     def encode(sentence: str) -> list[int]:
         return tokenizer.encode(" " + sentence)
 
-    sentences = BOUNDARY.sub(r"\1\n", " ".join(text.split())).split("\n")
+    words = " ".join(text.split())
+    sentences = [encode(s) for s in BOUNDARY.sub(r"\1\n", words).split("\n") if s]
     asked = Question(question.strip(), answer.strip(), ())
-    return join([encode(s) for s in sentences if s], [], [], [asked], encode, tokenizer.eot)
+    return join(sentences, [], [], [asked], encode, tokenizer.eot)

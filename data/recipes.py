@@ -17,7 +17,7 @@ results.
 
 CPU = dict(n_layer=3, rope_theta=1000.0)  # 0.5 M parameters
 CPU_HOURS = dict(  # 1.1 M
-    n_layer=4, n_head=6, n_kv_head=6, n_embd=96, ffn_dim=256, n_mem_head=6, rope_theta=1000.0
+    n_layer=4, n_head=6, n_embd=96, ffn_dim=256, n_mem_head=6, rope_theta=1000.0
 )
 GPU = dict(
     n_layer=6, n_embd=256, ffn_dim=448, segment_len=1024, n_slot=64, rope_theta=1000.0

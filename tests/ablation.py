@@ -1,21 +1,21 @@
-"""Variants of the memory, each trained by the default recipe: what one change does to accuracy.
+"""What one change of the memory does to accuracy. Each variant is trained by the default recipe.
 
-    # a minute: it runs, it learns nothing
+    # see in a minute that it runs; it learns nothing
     python tests/ablation.py --rows default --seeds 0 --flags '--tokens 90000' --n 9
-    # all rows with three seeds: hours on two CPU cores
+    # train all rows with three seeds, which takes hours on two CPU cores
     python tests/ablation.py
-    # some of the rows
+    # train some of the rows
     python tests/ablation.py --rows "paper Eqs. (4) to (6)" "no null" --seeds 0 1 2
-    # the table of the figures in README
+    # print the table of the figures in README
     python tests/ablation.py --show --out assets/ablation.jsonl --flags '--threads 1 --eval_n 2'
 
-Appends a line of JSON to --out for every run (default out/ablation.jsonl). Skips the runs that the
-file has with the same flags, lengths and n. Then prints the table of these runs.
+Appends a line of JSON to --out for every run (default out/ablation.jsonl), and prints a table of
+the runs. It skips a run that the file already has with the same flags, lengths and n.
 
-A row is a change of sizes, of flags of train.py, or of a few lines of lm2.py. The classes below are
-examples of how to change the model. All rows train on 8 M tokens. Their parameters are those of the
-default to 0.3 %, since a wider or narrower MLP makes up for what a row lacks or adds; only the rows
-with another number of slots differ more. pytest does not collect this file.
+A row of the table changes sizes, flags of train.py, or a few lines of lm2.py. The classes below are
+examples of how to change the model. All rows train on 8 M tokens. All have as many parameters as
+the default, to 0.3 %, since a wider or narrower MLP makes up for what a row lacks or adds. Only the
+rows with another number of slots differ more. pytest does not collect this file.
 """
 
 import json
@@ -37,19 +37,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python t
 
 import lm2  # noqa: E402
 import train  # noqa: E402
-from data.common import (  # noqa: E402
-    Parser,
-    keep_freed_memory,  # noqa: E402
-    one_line,
-)
+from babilong_eval import cells, load, wilson  # noqa: E402
+from data.common import Parser, keep_freed_memory, one_line  # noqa: E402
 from data.document import length_name, parse_length  # noqa: E402
 from data.lessons import parse_stage  # noqa: E402
-from data.metrics import cells, wilson  # noqa: E402
-from data.predictions import load  # noqa: E402
 
 
 class PlainForget(lm2.Memory):
-    """M <- C + g_forget * M: a slot forgets as in Eq. (6) in every segment, whatever it takes."""
+    """M <- C + g_forget * M. A slot forgets as in Eq. (6) in every segment, even if it takes
+    nothing from that segment."""
 
     def write(self, M: Tensor, Q: Tensor, candidates: Tensor) -> Tensor:
         K = self.heads(self.wk(self.normed(M)))  # (B, HM, N, D/HM)
@@ -71,15 +67,15 @@ class SlotForget(lm2.Memory):
 
 
 class PaperCandidate(lm2.Memory):
-    """A token offers what it has read, tanh(E_mem), as in the paper. This tells only which slots it
-    was that it read."""
+    """A token offers what it has read, tanh(E_mem), as in the paper. This tells the bank only which
+    of its slots the token has read."""
 
     def __init__(self, cfg: lm2.LM2Config):
         super().__init__(cfg)
         del self.w_write
 
     def candidates(self, E: Tensor) -> Tensor:
-        """The input gates alone: E (..., S, D) -> (..., HM, S, D/HM). The rest needs the bank."""
+        """Only the input gates, since E_mem needs the bank: E (..., S, D) -> (..., HM, S, D/HM)."""
         g_in = torch.sigmoid(self.w_in(E))
         self.record(g_in=g_in)
         return self.heads(g_in)
@@ -95,9 +91,9 @@ class PaperCandidate(lm2.Memory):
 
 
 class PaperUpdate(PaperCandidate):
-    """g_in * tanh(E_mem) + g_forget * M with g_forget = sigmoid(E_mem w_forget): Eqs. (4) to (6) as
-    printed, except where the shapes do not fit. There R, which has no null, brings the T x d terms
-    to the bank of N x d."""
+    """Eqs. (4) to (6) as printed: g_in * tanh(E_mem) + g_forget * M, with g_forget = sigmoid(E_mem
+    w_forget). As printed, terms of a row for each token meet a bank of a row for each slot. Here R,
+    which has no null, sums the tokens' terms for each slot."""
 
     def write(self, M: Tensor, Q: Tensor, g_in: Tensor) -> Tensor:
         K = self.heads(self.wk(self.normed(M)))  # (B, HM, N, D/HM)
@@ -111,7 +107,7 @@ class PaperUpdate(PaperCandidate):
 
 
 class OwnQuery(lm2.Memory):
-    """The write has queries of its own, a further projection of those of the read."""
+    """The write has queries of its own. They are a further projection of those of the read."""
 
     def __init__(self, cfg: lm2.LM2Config):
         super().__init__(cfg)
@@ -123,7 +119,7 @@ class OwnQuery(lm2.Memory):
 
 
 class MemoryLast(lm2.Block):
-    """The order is attention, MLP, memory: tokens read and write behind the MLP."""
+    """The order is attention, MLP, memory. Tokens read and write the bank after the MLP."""
 
     def forward(
         self, x: Tensor, M: Tensor | None, rope: tuple[Tensor, Tensor]
@@ -204,7 +200,7 @@ class Row:
     start: Callable[[lm2.LM2], None] | None = None  # changes the initial weights
 
 
-TOKENS = 8_000_000  # Every run trains on these, whatever stage it is in at the end.
+TOKENS = 8_000_000  # Every run trains on this number, whatever stage it is in at the end.
 STAGES = train.TrainConfig.stages
 UP_TO_16 = " ".join(STAGES[:-1])
 UP_TO_64 = " ".join([*STAGES, "10:64"])
@@ -214,7 +210,7 @@ ROWS: dict[str, Row] = {
     "candidate tanh(E_mem)": Row("--ffn_dim 197", memory=PaperCandidate),
     "g_forget * M always": Row(memory=PlainForget),
     "the same, b_forget 3": Row(memory=PlainForget, start=bias_starts_at("w_forget", 3.0)),
-    "no null": Row(start=null_starts_higher(-math.inf)),  # no slot declines a segment: w is 1
+    "no null": Row(start=null_starts_higher(-math.inf)),  # No slot can decline a segment: w is 1.
     "null starts 2 higher": Row(start=null_starts_higher(2.0)),
     "b_forget starts at 3": Row(start=bias_starts_at("w_forget", 3.0)),
     "b_out starts at -2": Row(start=bias_starts_at("w_out", -2.0)),
@@ -234,7 +230,7 @@ ROWS: dict[str, Row] = {
 
 @contextmanager
 def changed(row: Row) -> Iterator[None]:
-    """Within it models are built from the classes of the row, with its initial weights."""
+    """Within this block models are built from the classes of the row, with its initial weights."""
     before = (lm2.Memory, lm2.Block, lm2.LM2)
 
     class Started(lm2.LM2):
@@ -253,12 +249,13 @@ def changed(row: Row) -> Iterator[None]:
 
 
 def measure(name: str, seed: int, lengths: list[str], n: int, flags: str) -> dict:
-    """Train a row and evaluate it on n samples of each length -> a line of --out. It holds how many
-    answers were right by length, and how many the floor has right."""
+    """Train a row and evaluate it on n samples of each length -> what a line of --out holds. Its
+    `exact` is the number of right answers by length. Its `floor` is that of the best constant
+    answer."""
     row = ROWS[name]
     own_flags = f"--seed {seed} --tokens {TOKENS} --final_tokens {TOKENS} {flags} {row.flags}"
     with tempfile.TemporaryDirectory() as folder, changed(row):
-        # Other processes might not have the classes of the row.
+        # Further processes would not have the classes of the row.
         argv = ["--out_dir", folder, "--processes", "1", *shlex.split(own_flags)]
         train.main([*argv, "--table_lengths", *lengths, "--table_n", str(n)])
         predictions = load(Path(folder, "table.jsonl"))
@@ -287,11 +284,11 @@ def measure(name: str, seed: int, lengths: list[str], n: int, flags: str) -> dic
 
 
 def show(runs: list[dict]) -> str:
-    """The table of runs with the same lengths and n: a line for each row, the floor, and how sure
-    the figures are.
+    """The table of runs with the same lengths and n. It has a line for each row, the floor, and the
+    width of a figure's interval.
 
-    A line has the share of right answers in %, the median of the seeds (of two the lower). At the
-    last length it has that of every seed as well."""
+    A figure is the share of right answers in %. It is the median of the seeds, or the lower of two.
+    At the last length the figures of all seeds follow."""
     lengths = list(runs[0]["exact"])
     last = lengths[-1]
     n = runs[0]["n"]
@@ -318,8 +315,8 @@ def show(runs: list[dict]) -> str:
 
 
 def earlier_runs(out: Path, flags: str, n: int, lengths: list[str]) -> list[dict]:
-    """The runs in a file that were made with these flags, n and lengths. ValueError for a file of
-    something else."""
+    """The runs in a file that were made with these flags, n and lengths. ValueError for a file with
+    other content."""
     if not out.is_file():
         return []
     runs = []
@@ -329,7 +326,9 @@ def earlier_runs(out: Path, flags: str, n: int, lengths: list[str]) -> list[dict
             if (run["flags"], run["n"], list(run["exact"])) == (flags, n, lengths):
                 runs.append(run)
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{out} holds no figures of this script: name another") from None
+        raise ValueError(
+            f"{out} holds no figures of this script: name another file with --out"
+        ) from None
     return runs
 
 
@@ -341,32 +340,33 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         choices=ROWS,
         default=list(ROWS),
-        help="rows of the table to train (default all)",
+        metavar="ROW",
+        help=f"Train these rows of the table: {'; '.join(ROWS)} (default all).",
     )
     add(
         "--seeds",
         nargs="+",
         type=int,
         default=[0, 1, 2],
-        help="seeds to train each row with (default 0 1 2)",
+        help="Train each row with these seeds (default 0 1 2).",
     )
     add(
         "--lengths",
         nargs="+",
         default=["0k", "1k", "4k", "8k", "16k"],
-        help="lengths of the documents in the evaluation (default 0k 1k 4k 8k 16k)",
+        help="Evaluate on documents of these lengths (default 0k 1k 4k 8k 16k).",
     )
-    add("--n", type=int, default=200, help="samples of each length (default 200)")
-    add("--flags", default="", help="flags of train.py for every run (default none)")
+    add("--n", type=int, default=200, help="Ask this number of questions a length (default 200).")
+    add("--flags", default="", help="Give these flags to train.py in every run (default none).")
     add(
         "--out",
         default="out/ablation.jsonl",
-        help="file of the figures, to which new runs are added (default out/ablation.jsonl)",
+        help="Keep the figures in this file, to which runs are added (default out/ablation.jsonl).",
     )
     add(
         "--show",
         action="store_true",
-        help="train nothing, print the table of the runs that the file has (default off)",
+        help="Train nothing. Only print the table of the runs in --out (default off).",
     )
     args = parser.parse_args(argv)
     keep_freed_memory()
@@ -374,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
         out = Path(args.out)
         lengths = list(dict.fromkeys(parse_length(text) for text in args.lengths))
         if args.n < 1:
-            raise ValueError(f"--n {args.n} samples a length: give 1 or more")
+            raise ValueError(f"--n {args.n} is too small: give 1 or more")
         if out.is_dir():
             raise ValueError(f"--out {out} is a folder: name a file")
         length_names = [length_name(length) for length in lengths]

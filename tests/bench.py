@@ -1,22 +1,21 @@
 """Speed and memory of this implementation, beside Llamas of the same sizes.
 
-    # tiny sizes, seconds: it runs, its figures mean nothing
+    # see in seconds that it runs; the figures of its tiny sizes mean nothing
     python tests/bench.py --quick --threads 1
-    # everything: minutes on two CPU cores
+    # measure everything, which takes minutes on two CPU cores
     python tests/bench.py
-    # some of the parts, which are train, products, read, generate and data
+    # measure some of the parts, which are train, products, read, generate and data
     python tests/bench.py --parts train products
-    # where the time of a training step goes
+    # show where the time of a training step goes
     python tests/bench.py --profile
-    # compiled training steps: on a CPU it takes minutes to compile them
+    # measure compiled training steps, which take minutes to compile on a CPU
     python tests/bench.py --compile --parts train
 
-Writes nothing but the figures, as JSON, to --out if that is given. pytest does not collect this
-file.
+Writes the figures as JSON to --out, if that is given. pytest does not collect this file.
 
-All contenders run in one process, in alternation. Every round runs each of them once and starts
-with another one, so that a machine that slows down slows all of them. Figures are medians over the
-rounds. Ratios are taken within a round. The least and the greatest stand in brackets.
+All contenders run in one process and take turns. Every round runs each of them once and starts with
+another one, so that a machine that slows down slows all of them. A figure is the median of the
+rounds. A ratio is taken within each round. The least and the greatest value are in brackets.
 """
 
 import itertools
@@ -83,7 +82,7 @@ CPU = dict(
     segment_len=256,
     n_mem_head=8,
 )
-CUDA = dict(  # without memory it is as large as GPT-2 small
+CUDA = dict(  # Without its memory this model is as large as GPT-2 small.
     vocab_size=50304,
     n_layer=12,
     n_head=12,
@@ -95,14 +94,14 @@ CUDA = dict(  # without memory it is as large as GPT-2 small
     n_mem_head=12,
     tie_embeddings=True,
 )
-# A training step: the sizes of the model, B rows, T tokens in each.
+# A training step has the sizes of a model, B rows, and T tokens in each row.
 STEPS: dict[str, tuple[dict, int, int]] = {
     "quick": (QUICK, 2, 128),
     "cpu": (CPU, 2, 1024),
     "cuda": (CUDA, 4, 4096),
 }
 
-Step = Callable[..., None]  # a training step, called with the batch if it is not always the same
+Step = Callable[..., None]  # a training step; it takes the batch, unless that is always the same
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class Setup:
         return self.device.type == "cuda"
 
     def clock(self) -> float:
-        """The time in seconds when all work that the device has been given is done."""
+        """The time in seconds, once the device has done all work that it was given."""
         if self.on_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
@@ -134,7 +133,7 @@ class Setup:
         return self.clock() - start
 
     def alternate(self, calls: dict, rounds: int) -> dict:
-        """{name: call} -> {name: seconds, one figure for each round}."""
+        """Time the calls in turns: {name: call} -> {name: [the seconds of each round]}."""
         names = list(calls)
         times = {name: [] for name in names}
         for r in range(rounds):
@@ -144,8 +143,8 @@ class Setup:
         return times
 
     def training_step(self, model: nn.Module, loss_of: Callable[..., Tensor]) -> Step:
-        """A step as in train.py: forward, backward, clipping and AdamW. It computes in float32, and
-        on CUDA in bfloat16 by autocast."""
+        """A step as in train.py: forward, backward, clipping and AdamW. It computes in float32, on
+        CUDA in bfloat16 by autocast."""
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
         def step(*batch):
@@ -159,7 +158,8 @@ class Setup:
         return step
 
     def reader(self) -> LM2:
-        """The model that reads and generates: the default one, on CUDA that of training steps."""
+        """The model that reads and generates. It is the default model, on CUDA that of the training
+        steps."""
         torch.manual_seed(0)
         if self.on_cuda:
             model = LM2(self.cfg).to(self.device, torch.bfloat16)
@@ -168,7 +168,7 @@ class Setup:
         return model.eval()
 
     def document(self, length: int) -> Tensor:
-        """Random ids (1, length), all below the vocabulary size of every model here."""
+        """Random ids (1, length). They are in the vocabulary of every model here."""
         return torch.randint(256, (1, length), device=self.device)
 
 
@@ -182,6 +182,7 @@ def ratio(a: list[float], b: list[float]) -> Spread:
 
 
 def shown(spread: Spread, form: str = ".2f") -> str:
+    """The spread as text: "median [least, greatest]"."""
     median, least, greatest = spread
     return f"{median:{form}} [{least:{form}}, {greatest:{form}}]"
 
@@ -224,7 +225,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainLlama(nn.Module):
-    """The reference: a Llama of PyTorch's own functions, without state, segments or options."""
+    """A reference: a Llama made of PyTorch's own modules, without state, segments or options."""
 
     def __init__(self, cfg: LM2Config):
         super().__init__()
@@ -287,8 +288,8 @@ class Contender(NamedTuple):
 
 
 def contenders(setup: Setup, others: bool = False) -> dict[str, Contender]:
-    """LM2 and the Llama of the same window, and with `others` further Llamas, all on the same
-    B x T tokens, each of which has a target."""
+    """LM2 and a Llama with the same window. With `others` there are further Llamas. All of them
+    train on the same B x T tokens, each of which has a target."""
     torch.manual_seed(0)
     cfg = setup.cfg
     ids = torch.randint(cfg.vocab_size, (setup.rows, setup.tokens + 1), device=setup.device)
@@ -324,15 +325,15 @@ def contenders(setup: Setup, others: bool = False) -> dict[str, Contender]:
             found["transformers"] = theirs(TransformersLlama(window), segments)
             found["transformers, full"] = theirs(TransformersLlama(full), x)
         except ImportError:
-            pass  # the printed table says so
+            pass  # `train_steps` prints that transformers is not installed.
     return found
 
 
 def warm_up(setup: Setup, found: dict[str, Contender]) -> tuple[dict[str, Step], dict[str, float]]:
-    """Take two steps with each contender, which is compiled first if that is asked for -> by name
-    the steps, and the seconds that the two took."""
+    """Take two steps with each contender -> ({name: step}, {name: seconds of the two}). Compile the
+    contenders first if --compile asks for that."""
     if setup.compile:
-        # What an earlier part has compiled would count towards the limit of recompilations.
+        # PyTorch limits recompilations, and would count those of an earlier part.
         torch.compiler.reset()
         for contender in found.values():
             if isinstance(contender.model, LM2):
@@ -349,20 +350,20 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides of a tenso
 
 
 class Product(NamedTuple):
-    """A matrix product, whatever the numbers in it."""
+    """A kind of matrix product: an operation on operands of this type, with these layouts."""
 
     op: torch._ops.OpOverload
     dtype: torch.dtype
     layouts: tuple[Layout, ...]  # of its operands
 
     def flops(self) -> int:
-        """A multiplication and an addition count as two."""
+        """The number of multiplications and additions."""
         (a_shape, _), (b_shape, _) = self.layouts[-2:]
         return 2 * math.prod(a_shape) * b_shape[-1]
 
 
 class CountProducts(TorchDispatchMode):
-    """Counts the matrix products that run under it, by halves."""
+    """Counts the matrix products that run under it. A causal one counts as half of a full one."""
 
     def __init__(self):
         super().__init__()
@@ -378,11 +379,11 @@ class CountProducts(TorchDispatchMode):
         if func in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default):
             self.add(func, args, 1)
         elif func.__name__.startswith("_scaled_dot_product"):
-            # The first argument is q, or in the backward pass its gradient, (R, H, T, d).
+            # The first argument has the shape of q, (R, H, T, d). Backward it is a gradient.
             q = torch.empty(args[0].shape, dtype=args[0].dtype, device="meta").flatten(0, 1)
             A = q.new_empty(*q.shape[:2], q.shape[1])  # (R*H, T, T)
-            # These are halves, as the mask is causal. Forward there are Q K^T and A V, backward dA
-            # and then dV, dQ and dK.
+            # The forward pass has Q K^T and A V, the backward pass dA, dV, dQ and dK. Each counts
+            # half, as the mask is causal.
             is_backward = "backward" in func.__name__
             self.add(aten.bmm.default, (q, q.mT), 0.5)
             self.add(aten.bmm.default, (A, q), 1.5 if is_backward else 0.5)
@@ -397,12 +398,12 @@ def products_of(step: Step) -> Counter[Product]:
 
 
 def gflop(count: Counter[Product]) -> float:
-    """The work of all these products."""
+    """The work of all these products in 10^9 operations."""
     return sum(times * product.flops() for product, times in count.items()) / 1e9
 
 
 def train_steps(setup: Setup) -> dict:
-    """Tokens/s of whole training steps: forward, backward, clipping, AdamW."""
+    """Measure the tokens/s of whole training steps: forward, backward, clipping, AdamW."""
     found = contenders(setup, others=True)
     work = {name: gflop(products_of(found[name].step)) for name in ("LM2", "Llama")}
     steps, warm_up_seconds = warm_up(setup, found)
@@ -452,7 +453,7 @@ def random_operand(layout: Layout, dtype: torch.dtype, device: torch.device) -> 
 
 
 def repeated(setup: Setup, product: Product) -> tuple[Callable[[], None], int]:
-    """A call that makes a product again and again for some 20 ms, and how often it does so."""
+    """A call that makes a product again and again for about 20 ms, and how often it does so."""
     operands = []
     for layout in product.layouts:
         operands.append(random_operand(layout, product.dtype, setup.device))
@@ -469,8 +470,8 @@ def repeated(setup: Setup, product: Product) -> tuple[Callable[[], None], int]:
 
 
 def products(setup: Setup) -> dict:
-    """Utilisation: the seconds that the matrix products of a step take when each is timed alone,
-    over the seconds of the step."""
+    """Measure the utilisation of a step. It is the time that the step's matrix products take when
+    each is timed alone, divided by the time of the step."""
     found = contenders(setup)
     counts = {name: products_of(contender.step) for name, contender in found.items()}
     if setup.quick:
@@ -514,19 +515,20 @@ def products(setup: Setup) -> dict:
 
 @torch.no_grad()
 def read_alone(setup: Setup, length: int) -> tuple[int, int]:
-    """The peak memory in bytes, without the document, once the model has seen a token, and once it
-    has read the document."""
+    """The peak memory in bytes once the model has seen a token, and once it has read a document.
+    Both are without the ids of the document."""
     peak = torch.cuda.max_memory_allocated if setup.on_cuda else peak_memory
     model = setup.reader()
     document = setup.document(length)
-    model(document[:, :1])  # `read` would only keep the id
+    model(document[:, :1])  # `read` would keep the id and not run the model
     before = peak()
     model.read(document)
     return before - document.nbytes, peak() - document.nbytes
 
 
 def read_in_a_process_of_its_own(setup: Setup, length: int) -> tuple[int, int]:
-    """What `read_alone` returns: a process of its own is needed, as a peak never falls."""
+    """What `read_alone` returns in a process of its own. A peak never falls, so that no process can
+    measure two."""
     command = [sys.executable, __file__, "--read_alone", str(length)]
     command += ["--device", str(setup.device), "--threads", str(torch.get_num_threads())]
     if setup.quick:
@@ -537,7 +539,7 @@ def read_in_a_process_of_its_own(setup: Setup, length: int) -> tuple[int, int]:
 
 
 def read(setup: Setup) -> dict:
-    """Seconds and peak memory of LM2.read on documents of growing length."""
+    """Measure the time and the peak memory of LM2.read on documents of growing length."""
     lengths = [1000, 4000, 16_000]
     if not setup.quick:
         lengths += [64_000, 256_000, 1_000_000]
@@ -584,8 +586,8 @@ def read(setup: Setup) -> dict:
 
 
 def generate(setup: Setup) -> dict:
-    """Tokens/s of greedy generation behind a short and a long document, which take turns after each
-    segment."""
+    """Measure the tokens/s of greedy generation after a short and after a long document. They take
+    turns after each segment."""
     model = setup.reader()
     rounds = setup.rounds if setup.quick else 4 * setup.rounds
     S = model.cfg.segment_len
@@ -593,13 +595,13 @@ def generate(setup: Setup) -> dict:
 
     def next_segment(stream) -> None:
         for new in itertools.islice(stream, S):
-            new.item()  # waits for the device, as whoever prints a token does
+            new.item()  # This waits for the device, as everybody does who prints a token.
 
     calls = {}
     for length in (short, long):
         stream = model.stream(setup.document(length), (rounds + 2) * S)
         calls[length_name(length)] = partial(next_segment, stream)
-    setup.alternate(calls, 1)  # reads the documents, too
+    setup.alternate(calls, 1)  # This reads the documents, too.
     times = setup.alternate(calls, rounds)
     print(f"\ngenerate: greedy, the median of {rounds} segments of {S} tokens")
     print(f"{'tokens before':20}{'tokens/s':>9}{'ms/token':>11}")
@@ -612,7 +614,7 @@ def generate(setup: Setup) -> dict:
 
 
 def batches(setup: Setup) -> dict:
-    """The speed at which training batches are made, and the share of time that this takes beside
+    """Measure how fast training batches are made, and what share of the time this takes beside the
     steps of the default model on them."""
     c = train.TrainConfig(batch_size=4) if setup.quick else train.TrainConfig()
     builder = Builder(load(), "train")
@@ -648,7 +650,7 @@ def batches(setup: Setup) -> dict:
     for text in (c.stages[0], c.stages[middle], c.stages[-1]):
         stage = parse_stage(text, model.cfg.segment_len)
         step = setup.training_step(model, loss_of)
-        take_steps(step, stage, make(stage))  # the first ones are slow
+        take_steps(step, stage, make(stage))  # The first steps are slow and do not count.
         making = 0.0
         stepping = 0.0
         n_documents = 0
@@ -672,16 +674,16 @@ def batches(setup: Setup) -> dict:
 
 
 def profile(setup: Setup) -> dict:
-    """The 25 operations that take most of a training step, by their own time, without the time of
-    those that they call."""
+    """Show the 25 operations that take most of a training step. The time of an operation is without
+    that of the operations that it calls."""
     steps, _ = warm_up(setup, contenders(setup))
     key = "self_device_time_total" if setup.on_cuda else "self_cpu_time_total"
-    # A gigabyte is taken and freed at once. Otherwise the step would fetch new pages from the
-    # system because of the profiler's notes.
+    # Take a gigabyte and free it at once. The profiler's notes need memory, and without this the
+    # step would pay for getting it from the system.
     torch.ones(2**28)
     figures = {}
     for name, step in steps.items():
-        with torch.profiler.profile() as profiler:  # of the CPU, and of CUDA where that is
+        with torch.profiler.profile() as profiler:  # It sees the CPU, and CUDA if that is here.
             setup.seconds(step)
         rows = []
         for event in profiler.key_averages():
@@ -701,7 +703,7 @@ PARTS = dict(train=train_steps, products=products, read=read, generate=generate,
 
 
 def machine(setup: Setup) -> str:
-    """What the figures were measured on, in a line."""
+    """One line about what the figures were measured on."""
     processor = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -725,28 +727,38 @@ def main(argv: list[str] | None = None) -> None:
         default=list(PARTS),
         choices=PARTS,
         metavar="PART",
-        help=f"what to measure: {', '.join(PARTS)} (default all)",
+        help=f"Measure these parts: {', '.join(PARTS)} (default all).",
     )
-    add("--quick", action="store_true", help="use tiny sizes (default off)")
+    add("--quick", action="store_true", help="Use tiny sizes, to see that it runs (default off).")
     add(
         "--rounds",
         type=int,
-        help="how often each measurement is made (default 5, with --quick 2)",
+        help="Make each measurement this number of times (default 5, with --quick 2).",
     )
     add(
         "--profile",
         action="store_true",
-        help="show the operations of a training step instead of the parts (default off)",
+        help="Show what operations a training step spends its time on, instead of measuring the "
+        "parts (default off).",
     )
     add(
         "--compile",
         action="store_true",
-        help="compile the training steps of train, products and --profile (default off)",
+        help="Compile the training steps of train, products and --profile (default off).",
     )
-    add("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    add("--threads", type=int, default=0, help="CPU threads (default 0: PyTorch's choice)")
-    add("--out", help="new file to write the figures to, as JSON (default none)")
-    add("--read_alone", type=int, help=SUPPRESS)  # what `read` starts for each length
+    add(
+        "--device",
+        default="auto",
+        help="Compute on this device, cpu or cuda; auto takes CUDA if there is one (default auto).",
+    )
+    add(
+        "--threads",
+        type=int,
+        default=0,
+        help="Use this number of CPU threads; 0 leaves the choice to PyTorch (default 0).",
+    )
+    add("--out", help="Write the figures as JSON to this new file (default none).")
+    add("--read_alone", type=int, help=SUPPRESS)  # `read` starts this script with it.
     args = parser.parse_args(argv)
     rounds = args.rounds
     if rounds is None:

@@ -51,7 +51,7 @@ def new_lessons(builder, **changes):
         asides=0,
         seed=0,
     )
-    return Lessons(**{**settings, **changes})
+    return Lessons(**(settings | changes))
 
 
 def made(builder, stage, numbers, **changes):
@@ -61,18 +61,17 @@ def made(builder, stage, numbers, **changes):
 
 
 def documents(builder, stage, count, **changes):
-    """The documents of so many batches of a stage without prose."""
+    """The documents of this number of batches, without prose."""
     lessons = new_lessons(builder, **changes)
-    return [found for number in range(count) for found in lessons.documents(stage, number, 0)]
+    found = []
+    for number in range(count):
+        found.extend(lessons.documents(stage, number, 0))
+    return found
 
 
 def is_same(a, b):
     tensors_agree = all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
     return tensors_agree and a.is_longest == b.is_longest
-
-
-def are_same(found, expected):
-    return len(found) == len(expected) and all(map(is_same, found, expected))
 
 
 def rows(batch):
@@ -88,19 +87,6 @@ def rows(batch):
 def ends_of_text(ids, tok):
     """The positions of the ends of text. The last one is a document's last token."""
     return [position for position, token in enumerate(ids) if token == tok.eot]
-
-
-def refused(capsys, main, *argv):
-    """The one line on standard error with which main(argv) ends, exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(list(argv))
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2
-    assert out == ""
-    assert len(err.splitlines()) == 1
-    assert err.startswith("python -m data.lessons: ")
-    return err
 
 
 # Stages
@@ -122,7 +108,6 @@ def test_a_stage_is_read_as_it_is_written():
     [
         ("", "is not a stage"),
         ("4", "is not a stage"),
-        ("4:", "is not a stage"),
         ("4:x", "is not a stage"),
         ("4:-1", "is not a stage"),
         ("4:2:32:1", "is not a stage"),
@@ -130,16 +115,12 @@ def test_a_stage_is_read_as_it_is_written():
         ("1:0", "has 1 facts"),
         ("4:2:0", "has segments of 0 tokens"),
         ("4:2:65", "has segments of 65 tokens"),
+        ("4:2@qa1,qa3", "names 'qa3', which is not among --tasks: qa1 qa2"),
     ],
 )
-def test_what_is_no_stage_of_the_model_is_named_with_its_fault(text, fault):
+def test_what_is_no_stage_of_the_run_is_named_with_its_fault(text, fault):
     with pytest.raises(ValueError, match=f"^stage {text!r} {fault}"):
-        parse_stages(["2:0", text], 64, ["qa1"], whole=False)
-
-
-def test_a_stage_of_a_task_that_the_run_does_not_have_is_named():
-    with pytest.raises(ValueError, match="'4:2@qa1,qa3' names 'qa3', .* --tasks: qa1 qa2"):
-        parse_stages(["2:0@qa2", "4:2@qa1,qa3"], 64, ["qa1", "qa2"], whole=False)
+        parse_stages(["2:0@qa2", text], 64, ["qa1", "qa2"], whole=False)
 
 
 def test_a_run_without_stages_is_refused():
@@ -154,15 +135,13 @@ def test_whole_documents_must_fit_into_a_segment_of_the_model():
         parse_stages(["4:2:32", "4:3:32"], 64, ["qa1"], whole=True)
 
 
-# What is in a batch
+# What is learned
 
 
-@pytest.mark.parametrize("asides", [0, 3])
 @pytest.mark.parametrize("stage", [PLAIN, LONG, Stage(12, 0, 64)])
-def test_asked_are_the_right_answers_and_their_ends_of_text_and_nothing_else(
-    tok, builder, stage, asides
-):
-    for batch in made(builder, stage, range(5), batch_size=8, asides=asides):
+def test_asked_are_the_right_answers_and_their_ends_of_text_and_nothing_else(tok, builder, stage):
+    for batch in made(builder, stage, range(5), batch_size=8, asides=3):
+        assert batch.is_word.tolist() == [target != tok.eot for target in batch.targets.tolist()]
         for ids, asked in rows(batch):
             expected = {}
             ends = ends_of_text(ids, tok)
@@ -174,152 +153,12 @@ def test_asked_are_the_right_answers_and_their_ends_of_text_and_nothing_else(
                 expected[end - 1] = tok.eot
             assert asked == expected
             assert all(ids[position + 1] == target for position, target in asked.items())
-            assert not any(ids[ends[-1] + 1 :])
-
-
-def test_words_are_the_targets_that_end_no_text(tok, builder):
-    for batch in made(builder, LONG, range(5)):
-        assert batch.is_word.tolist() == [target != tok.eot for target in batch.targets.tolist()]
-        assert 0 < batch.is_word.sum() < len(batch.at)
-
-
-def test_half_of_the_documents_have_the_most_facts_and_the_others_two_or_more(builder):
-    counts = [len(found.texts) for found in documents(builder, Stage(6, 0, 64), 60)]
-    assert set(counts) == {2, 3, 4, 5, 6}
-    assert 0.5 < counts.count(6) / len(counts) < 0.7  # half, and a fifth of the other half
-
-
-def test_a_story_is_no_longer_than_a_share_of_its_tasks_own_questions_needs(builder):
-    changes = dict(tasks=("qa2",), usual=0.3)
-    counts = [len(found.texts) for found in documents(builder, Stage(99, 0, 64), 5, **changes)]
-    assert max(counts) == usual_facts("qa2", 0.3) < usual_facts("qa2", 0.9)
-
-
-def test_half_of_the_batches_have_the_most_segments_and_short_ones_are_the_most_of_the_others(
-    tok, builder
-):
-    counts = []
-    for batch in made(builder, Stage(4, 3, 64), range(120)):
-        count = batch.idx.shape[1] // 64
-        counts.append(count)
-        assert batch.is_longest == (count == 3)
-        for ids, _ in rows(batch):
-            assert (count - 1) * 64 <= ends_of_text(ids, tok)[-1] < count * 64
-    assert set(counts) == {1, 2, 3}
-    assert 65 <= counts.count(3) <= 85  # half of them, and a fifth of the other half
-    assert counts.count(1) > 1.5 * counts.count(2)
-
-
-@pytest.mark.parametrize(
-    "text, tasks, least, most",
-    [("4:0@qa1,qa4,qa4,qa4", ["qa1", "qa4"], 0.65, 0.85), ("4:0", ["qa1", "qa4"], 0.4, 0.6)],
-)
-def test_a_stage_has_the_tasks_that_it_names_as_often_as_it_names_them_or_else_all(
-    tok, builder, text, tasks, least, most
-):
-    (stage,) = parse_stages([text], 64, tasks, whole=False)
-    found = documents(builder, stage, 60, tasks=tuple(tasks))
-    is_of_qa4 = [" of the " in tok.decode(document.ids) for document in found]  # "north of the"
-    assert least < sum(is_of_qa4) / len(found) < most
-
-
-@pytest.mark.parametrize(
-    "stage, plain, has_prose",
-    [(LONG, 0.0, True), (LONG, 1.0, False), (PLAIN, 0.0, False), (Stage(10, 0, 32), 0.0, False)],
-)
-def test_a_batch_is_whole_segments_long_unless_it_has_no_prose_and_fits_into_one(
-    tok, builder, stage, plain, has_prose
-):
-    S = stage.segment_len
-    for batch in made(builder, stage, range(10), plain=plain):
-        longest = 1 + max(ends_of_text(ids, tok)[-1] for ids, _ in rows(batch))
-        whole = -(-longest // S) * S
-        expected = whole if has_prose or longest > S else longest
-        assert batch.idx.shape[1] == expected
-
-
-@pytest.mark.parametrize("plain, least, most", [(0.0, 0, 0), (0.4, 55, 105), (1.0, 200, 200)])
-def test_a_share_of_the_batches_has_no_prose_and_is_not_of_the_longest(
-    tok, builder, plain, least, most
-):
-    count = 0
-    for batch in made(builder, Stage(2, 4, 64), range(200), plain=plain, batch_size=1):
-        if batch.idx.shape[1] < 64:
-            count += 1
-            assert "The " not in tok.decode(batch.idx[0].tolist())
-            assert not batch.is_longest
-    assert least <= count <= most
-
-
-def test_a_batch_of_a_stage_without_prose_is_of_the_longest(builder):
-    assert all(batch.is_longest for batch in made(builder, PLAIN, range(5)))
-
-
-def test_long_documents_come_in_smaller_batches_and_none_is_made_in_vain(builder):
-    stage = Stage(3, 4, 64)
-    lessons = new_lessons(builder, batch_size=6, batch_tokens=512)
-    sizes = {}
-    for number in range(40):
-        _, batch = lessons[stage, number]
-        n_segments = batch.idx.shape[1] // 64
-        sizes[n_segments] = batch.idx.shape[0]
-        assert len(lessons.documents(stage, number, n_segments)) == batch.idx.shape[0]
-    assert sizes == {1: 6, 2: 4, 3: 2, 4: 2}
-
-
-@pytest.mark.parametrize(
-    "stage, batch_tokens",
-    [
-        (Stage(3, 4, 64), 1),
-        (Stage(3, 4, 64), 300),
-        (Stage(10, 2, 32), 512),  # ten facts fill three segments of 32 alone
-        (Stage(10, 0, 32), 512),
-    ],
-)
-def test_a_batch_has_no_more_tokens_than_it_may_unless_it_is_a_single_document(
-    builder, stage, batch_tokens
-):
-    most = 0  # documents in a batch
-    for batch in made(builder, stage, range(20), batch_size=20, batch_tokens=batch_tokens):
-        assert batch.idx.shape[0] == 1 or batch.idx.numel() <= batch_tokens
-        most = max(most, batch.idx.shape[0])
-    assert most == 1 if batch_tokens == 1 else most > 1
-
-
-def test_a_batch_without_prose_has_all_its_documents_however_long_a_segment_is(builder):
-    (batch,) = made(builder, Stage(2, 0, 16384), [0], batch_tokens=4096)
-    assert batch.idx.shape[0] == 4
-
-
-def test_other_numbers_seeds_and_stages_give_other_documents(builder):
-    batches = [
-        *made(builder, LONG, [0, 1]),
-        *made(builder, LONG, [0], seed=1),
-        *made(builder, Stage(6, 3, 32), [0]),
-    ]
-    assert len({tuple(batch.idx[0].tolist()) for batch in batches}) == 4
-
-
-def test_the_batches_of_a_step_are_equally_long_but_have_other_documents(builder):
-    lengths = set()
-    batches = made(builder, Stage(3, 3, 64), range(60), plain=0.2, accumulate=2)
-    for first, second in zip(batches[::2], batches[1::2], strict=True):
-        length = first.idx.shape[1] // 64  # 0 without prose
-        assert second.idx.shape[1] // 64 == length
-        assert second.is_longest == first.is_longest
-        assert second.idx[0].tolist() != first.idx[0].tolist()
-        lengths.add(length)
-    assert lengths == {0, 1, 2, 3}
+            assert not any(ids[ends[-1] + 1 :])  # padding
 
 
 @pytest.mark.parametrize(
     "stage, least, most",
-    [
-        (PLAIN, 0.0, 0.0),
-        (LONG, 0.3, 0.6),
-        (Stage(12, 3, 64), 0.65, 0.9),
-        (Stage(12, 0, 64), 0.65, 0.9),
-    ],
+    [(PLAIN, 0.0, 0.0), (LONG, 0.3, 0.6), (Stage(12, 3, 64), 0.65, 0.9)],
 )
 def test_half_of_the_documents_with_prose_and_most_of_those_with_many_facts_are_asked_earlier(
     tok, builder, stage, least, most
@@ -344,76 +183,175 @@ def test_a_document_is_asked_earlier_at_one_to_the_most_points(builder, asides):
     assert counts.count(1) > len(counts) / 5
 
 
+# How hard it is
+
+
+def test_half_of_the_documents_have_the_most_facts_and_the_others_two_or_more(builder):
+    counts = [len(found.texts) for found in documents(builder, Stage(6, 0, 64), 60)]
+    assert set(counts) == {2, 3, 4, 5, 6}
+    assert 0.5 < counts.count(6) / len(counts) < 0.7  # half, and a fifth of the other half
+
+
+def test_a_story_is_no_longer_than_a_share_of_its_tasks_own_questions_needs(builder):
+    changes = dict(tasks=("qa2",), usual=0.3)
+    counts = [len(found.texts) for found in documents(builder, Stage(99, 0, 64), 5, **changes)]
+    assert max(counts) == usual_facts("qa2", 0.3) < usual_facts("qa2", 0.9)
+
+
+@pytest.mark.parametrize(
+    "text, least, most", [("4:0@qa1,qa4,qa4,qa4", 0.65, 0.85), ("4:0", 0.4, 0.6)]
+)
+def test_a_stage_has_the_tasks_that_it_names_as_often_as_it_names_them_or_else_all(
+    tok, builder, text, least, most
+):
+    (stage,) = parse_stages([text], 64, ["qa1", "qa4"], whole=False)
+    found = documents(builder, stage, 60, tasks=("qa1", "qa4"))
+    is_of_qa4 = [" of the " in tok.decode(document.ids) for document in found]  # "north of the"
+    assert least < sum(is_of_qa4) / len(found) < most
+
+
+def test_half_of_the_batches_have_the_most_segments_and_short_ones_are_the_most_of_the_others(
+    tok, builder
+):
+    counts = []
+    for batch in made(builder, Stage(4, 3, 64), range(120)):
+        count = batch.idx.shape[1] // 64
+        counts.append(count)
+        assert batch.is_longest == (count == 3)
+        for ids, _ in rows(batch):
+            assert (count - 1) * 64 <= ends_of_text(ids, tok)[-1] < count * 64
+    assert set(counts) == {1, 2, 3}
+    assert 65 <= counts.count(3) <= 85  # half of them, and a fifth of the other half
+    assert counts.count(1) > 1.5 * counts.count(2)
+
+
+def test_a_share_of_the_batches_has_no_prose_and_is_not_of_the_longest(tok, builder):
+    count = 0
+    for batch in made(builder, Stage(2, 4, 64), range(200), plain=0.4, batch_size=1):
+        if batch.idx.shape[1] < 64:
+            count += 1
+            assert "The " not in tok.decode(batch.idx[0].tolist())
+            assert not batch.is_longest
+    assert 55 <= count <= 105
+
+
+def test_all_batches_of_a_stage_without_prose_are_of_the_longest(builder):
+    assert all(batch.is_longest for batch in made(builder, PLAIN, range(5)))
+
+
+def test_other_numbers_seeds_and_stages_give_other_documents(builder):
+    batches = [
+        *made(builder, LONG, [0, 1]),
+        *made(builder, LONG, [0], seed=1),
+        *made(builder, Stage(6, 3, 32), [0]),
+    ]
+    assert len({tuple(batch.idx[0].tolist()) for batch in batches}) == 4
+
+
+# The shape of a batch
+
+
+@pytest.mark.parametrize(
+    "stage, plain, has_prose",
+    [(LONG, 0.0, True), (LONG, 1.0, False), (Stage(10, 0, 32), 0.0, False)],
+)
+def test_a_batch_is_whole_segments_long_unless_it_has_no_prose_and_fits_into_one(
+    tok, builder, stage, plain, has_prose
+):
+    S = stage.segment_len
+    for batch in made(builder, stage, range(10), plain=plain):
+        longest = 1 + max(ends_of_text(ids, tok)[-1] for ids, _ in rows(batch))
+        if has_prose or longest > S:
+            assert batch.idx.shape[1] % S == 0
+            assert longest <= batch.idx.shape[1] < longest + S
+        else:
+            assert batch.idx.shape[1] == longest
+
+
+def test_long_documents_come_in_smaller_batches_and_none_is_made_in_vain(builder):
+    stage = Stage(3, 4, 64)
+    lessons = new_lessons(builder, batch_size=6, batch_tokens=512)
+    sizes = {}
+    for number in range(40):
+        _, batch = lessons[stage, number]
+        n_segments = batch.idx.shape[1] // 64
+        sizes[n_segments] = batch.idx.shape[0]
+        assert len(lessons.documents(stage, number, n_segments)) == batch.idx.shape[0]
+    assert sizes == {1: 6, 2: 4, 3: 2, 4: 2}
+
+
+@pytest.mark.parametrize(
+    "stage, batch_tokens, most",
+    [
+        (Stage(3, 4, 64), 1, 1),
+        (Stage(3, 4, 64), 300, 4),
+        (Stage(10, 2, 32), 512, 5),  # ten facts alone fill three segments of 32
+        (Stage(2, 0, 16384), 4096, 20),  # without prose a segment's length does not matter
+    ],
+)
+def test_a_batch_has_no_more_tokens_than_it_may_unless_it_is_a_single_document(
+    builder, stage, batch_tokens, most
+):
+    sizes = []
+    for batch in made(builder, stage, range(20), batch_size=20, batch_tokens=batch_tokens):
+        assert batch.idx.shape[0] == 1 or batch.idx.numel() <= batch_tokens
+        sizes.append(batch.idx.shape[0])
+    assert max(sizes) == most
+
+
+def test_the_batches_of_a_step_are_equally_long_but_have_other_documents(builder):
+    lengths = set()
+    batches = made(builder, Stage(3, 3, 64), range(60), plain=0.2, accumulate=2)
+    for first, second in zip(batches[::2], batches[1::2], strict=True):
+        length = first.idx.shape[1] // 64  # 0 without prose
+        assert second.idx.shape[1] // 64 == length
+        assert second.is_longest == first.is_longest
+        assert second.idx[0].tolist() != first.idx[0].tolist()
+        lengths.add(length)
+    assert lengths == {0, 1, 2, 3}
+
+
 @pytest.mark.parametrize("stage", [PLAIN, LONG])
 def test_a_padded_batch_asks_the_same_of_the_same_tokens(builder, stage):
-    for batch in made(builder, stage, range(5), batch_size=8):
-        T = batch.idx.shape[1]
-        n = len(batch.at)
-        padded = batch.padded(T + 96, 64)
-        assert torch.equal(padded.idx[:, :T], batch.idx)
-        assert padded.idx.shape[1] == T + 96
-        assert not padded.idx[:, T:].any()
-        assert len(padded.at) == len(padded.targets) == len(padded.is_word)
-        assert len(padded.at) == -(-n // 64) * 64
-        places = zip(batch.at // T, batch.at % T, strict=True)
-        assert padded.at[:n].tolist() == [row * (T + 96) + column for row, column in places]
-        assert torch.equal(padded.targets[:n], batch.targets)
-        assert torch.equal(padded.is_word[:n], batch.is_word)
-        assert (padded.targets[n:] == -1).all()
-        assert not padded.is_word[n:].any()
-        assert padded.is_longest == batch.is_longest
-        assert is_same(batch.padded(T, 1), batch)
+    (batch,) = made(builder, stage, [0], batch_size=8)
+    T = batch.idx.shape[1]
+    n = len(batch.at)
+    padded = batch.padded(T + 96, 64)
+    assert torch.equal(padded.idx[:, :T], batch.idx)
+    assert padded.idx.shape[1] == T + 96
+    assert not padded.idx[:, T:].any()
+    assert len(padded.at) == len(padded.targets) == len(padded.is_word)
+    assert len(padded.at) % 64 == 0 and n <= len(padded.at) < n + 64
+    places = zip(batch.at // T, batch.at % T, strict=True)
+    assert padded.at[:n].tolist() == [row * (T + 96) + column for row, column in places]
+    assert torch.equal(padded.targets[:n], batch.targets)
+    assert torch.equal(padded.is_word[:n], batch.is_word)
+    assert (padded.targets[n:] == -1).all()
+    assert not padded.is_word[n:].any()
+    assert padded.is_longest == batch.is_longest
+    assert is_same(batch.padded(T, 1), batch)
 
 
 # One after the other
-
-
-def taken(builder, stages, start=0, stride=1, workers=0):
-    """The batches that one process takes, where `stages` has the stage of each number."""
-    lessons = new_lessons(builder, plain=0.2)
-    found = []
-    with closing(Batches(lessons, stages[start], start, stride, workers)) as batches:
-        for stage in stages[start::stride]:
-            if stage != batches.stage:
-                batches.enter(stage)
-            found.append(next(batches))
-    return found
-
 
 # A worker has up to four batches more ready when a stage ends.
 CHANGING = [PLAIN] * 5 + [LONG] + [PLAIN] * 14 + [Stage(3, 2, 32)] * 2 + [PLAIN] * 10
 
 
-@pytest.fixture(scope="module")
-def straight(builder):
-    return made(builder, LONG, range(24), plain=0.2)
-
-
-@pytest.fixture(scope="module")
-def changing(builder):
+@pytest.mark.parametrize(
+    "number, stride, workers",
+    [(0, 1, 0), (0, 1, 2), (7, 1, 1), (0, 2, 0), (1, 2, 1)],
+)
+def test_a_number_is_the_same_batch_whoever_makes_it_and_wherever_the_run_begins(
+    builder, number, stride, workers
+):
     lessons = new_lessons(builder, plain=0.2)
-    return [lessons[stage, number][1] for number, stage in enumerate(CHANGING)]
-
-
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_wherever_a_run_begins_and_whatever_its_workers_a_number_is_the_same_batch(
-    builder, straight, workers
-):
-    assert are_same(taken(builder, [LONG] * 24, 7, workers=workers), straight[7:])
-
-
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_a_stage_is_entered_at_once_though_batches_of_the_one_before_are_made_already(
-    builder, changing, workers
-):
-    assert are_same(taken(builder, CHANGING, workers=workers), changing)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_two_processes_take_the_batches_of_one_in_turn(builder, changing, workers):
-    for start in (0, 1):
-        found = taken(builder, CHANGING, start, 2, workers)
-        assert are_same(found, changing[start::2])
+    taken = CHANGING[number::stride]
+    numbers = range(number, len(CHANGING), stride)
+    with closing(Batches(lessons, taken[0], number, stride, workers)) as batches:
+        for stage, this_number in zip(taken, numbers, strict=True):
+            batches.enter(stage)
+            assert is_same(next(batches), lessons[stage, this_number][1])
 
 
 def test_a_process_makes_no_batch_of_another(builder):
@@ -422,46 +360,31 @@ def test_a_process_makes_no_batch_of_another(builder):
     assert keys == [(PLAIN, 1), (PLAIN, 3), (PLAIN, 5)]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_stage_that_is_entered_again_goes_on(builder, straight, workers):
-    with closing(Batches(new_lessons(builder, plain=0.2), LONG, workers=workers)) as batches:
-        found = [next(batches) for _ in range(5)]
-        batches.enter(LONG)
-        found += [next(batches) for _ in range(19)]
-    assert are_same(found, straight)
-
-
-def test_a_batch_is_known_again_where_pinning_makes_lists_of_tuples(builder, straight):
+def test_a_batch_is_known_again_where_pinning_makes_lists_of_tuples(builder):
     """As older versions of torch do it. A batch that is not known again is thrown away."""
-    lessons = new_lessons(builder, plain=0.2)
+    lessons = new_lessons(builder)
     with closing(Batches(lessons, LONG)) as batches:
         key, batch = lessons[LONG, 0]
         batches.loader = iter([[list(key), batch]])
-        assert is_same(next(batches), straight[0])
+        assert next(batches) is batch
 
 
-def test_lessons_can_be_sent_to_a_worker_that_shares_no_memory(builder, straight):
-    lessons = pickle.loads(pickle.dumps(new_lessons(builder, plain=0.2)))
-    assert is_same(lessons[LONG, 3][1], straight[3])
+def test_lessons_can_be_sent_to_a_worker_that_shares_no_memory(builder):
+    lessons = new_lessons(builder)
+    sent = pickle.loads(pickle.dumps(lessons))
+    assert is_same(sent[LONG, 3][1], lessons[LONG, 3][1])
 
 
-def test_a_worker_leaves_ctrl_c_to_the_process_that_it_works_for(builder):
-    with closing(Batches(new_lessons(builder), PLAIN, workers=1)) as batches:
-        next(batches)
-        (worker,) = batches.loader._workers
-        os.kill(worker.pid, signal.SIGINT)
-        for _ in range(8):  # more than are made ahead
-            next(batches)
-        assert worker.is_alive()
-
-
-def test_closed_batches_have_no_worker_left(builder):
-    batches = Batches(new_lessons(builder), PLAIN, workers=2)
+def test_workers_leave_ctrl_c_to_the_process_that_they_work_for_and_end_with_it(builder):
+    batches = Batches(new_lessons(builder), PLAIN, workers=1)
     next(batches)
-    workers = batches.loader._workers
-    assert [worker.is_alive() for worker in workers] == [True, True]
+    (worker,) = batches.loader._workers
+    os.kill(worker.pid, signal.SIGINT)
+    for _ in range(8):  # more than are made ahead
+        next(batches)
+    assert worker.is_alive()
     batches.close()
-    assert [worker.is_alive() for worker in workers] == [False, False]
+    assert not worker.is_alive()
 
 
 # The command
@@ -487,63 +410,50 @@ def show(builder, monkeypatch, capsys):
     return run
 
 
-EXAMPLES = [
-    [],
-    ["--stage", "4:0:64", "--number", "5"],
-    ["--stage", "12:3:64", "--number", "6"],  # its first document is asked earlier, too
-]
-
-
-@pytest.mark.parametrize("flags", EXAMPLES)
-def test_the_brackets_of_the_command_hold_the_right_answers(show, flags):
-    out, _ = show(*flags)
-    brackets = list(re.finditer(r"Where is (\w+)\? \[(\w+)\|\]", out))
-    assert len(brackets) > 1
-    for bracket in brackets:
-        actor, answer = bracket.groups()
-        assert answer == last_rooms(out[: bracket.start()])[actor]
-    if "12:3:64" in flags:
-        assert MOVED.search(out[brackets[0].end() :])
-
-
-@pytest.mark.parametrize("flags", EXAMPLES)
-def test_the_command_prints_the_first_document_of_the_batch_and_where_it_is_asked(tok, show, flags):
+# The first document of the second example is asked earlier, too.
+@pytest.mark.parametrize("flags", [[], ["--stage", "12:3:64", "--number", "6"]])
+def test_the_command_prints_a_document_with_its_answers_in_brackets_and_where_it_is_asked(
+    tok, show, flags
+):
     out, batch = show(*flags)
     head, text, tail = out.split("\n\n")
     ids, asked = rows(batch)[0]
     length = ends_of_text(ids, tok)[-1] + 1
     n_rows, width = batch.idx.shape
     assert f": {n_rows} documents of {width} tokens each.\n" in head
-    unmarked = re.sub(r" \[(\w+)\|\]", rf" \1{END}", text)
-    assert " " + unmarked == tok.decode(ids[:length])
+    assert " " + re.sub(r" \[(\w+)\|\]", rf" \1{END}", text) == tok.decode(ids[:length])
     positions = " ".join(map(str, asked))
+    n_questions = text.count("[")
+    assert n_questions > 1
     assert tail == (
-        f"{length} tokens, {text.count('[')} questions.\n"
+        f"{length} tokens, {n_questions} questions.\n"
         f"The loss is taken at these positions: {positions}.\n"
     )
 
 
 def test_the_command_prints_other_documents_for_other_numbers_seeds_and_tasks(show):
-    documents = set()
+    found = set()
     for flags in ([], ["--number", "1"], ["--seed", "1"], ["--tasks", "qa2"]):
         out, _ = show(*flags)
-        documents.add(out.split("\n\n")[1])
-    assert len(documents) == 4
+        found.add(out.split("\n\n")[1])
+    assert len(found) == 4
 
 
 @pytest.mark.parametrize(
     "flags, named",
     [
-        (["--stage", "4"], "'4'"),
         (["--stage", "4:2:129"], "'4:2:129'"),
-        (["--stage", "4:2@qa2"], "'qa2'"),
         (["--tasks", "qa1", "qa99"], "'qa99'"),
         (["--number", "few"], "'few'"),
         (["--nope"], "--nope"),
     ],
 )
-def test_the_command_names_a_flag_that_cannot_be(show, capsys, flags, named):
-    assert named in refused(capsys, main, *flags)
+def test_the_command_names_a_flag_that_cannot_be_in_one_line(show, capsys, flags, named):
+    with pytest.raises(SystemExit) as stop:
+        main(flags)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, len(err.splitlines())) == (2, "", 1)
+    assert err.startswith("python -m data.lessons: ") and named in err
 
 
 # The curriculum
@@ -552,7 +462,7 @@ def test_the_command_names_a_flag_that_cannot_be(show, capsys, flags, named):
 def new_curriculum(**changes):
     stages = parse_stages(["2:0", "4:2:32", "6:3"], 64, ["qa1"], whole=False)
     settings = dict(stages=stages, leave_at=0.75, leave_plain_at=0.75, window=4, max_steps=50)
-    return Curriculum(**{**settings, **changes})
+    return Curriculum(**(settings | changes))
 
 
 @pytest.mark.parametrize(
@@ -562,7 +472,6 @@ def new_curriculum(**changes):
         ([1.0, 1.0, 0.5, 0.8, 1.0, 0.6], 10, 0),
         ([1.0, 1.0, 1.0], 10, 0),  # the window is not full
         ([0.0, 0.0, 0.0, 0.0], 49, 0),
-        ([0.0], 50, 1),
         ([], 50, 1),
     ],
 )
@@ -581,31 +490,23 @@ def test_a_stage_that_is_left_is_reported_and_the_next_one_begins_anew():
     curriculum = new_curriculum()
     curriculum.recent.extend([0.5, 0.9, 1.0, 0.6])
     curriculum.steps = 10
-    line = curriculum.advance()
-    assert line == "2 facts 75% after 10 steps, now 4 facts in 2 x 32"
+    assert curriculum.advance() == "2 facts 75% after 10 steps, now 4 facts in 2 x 32"
     assert curriculum.stage == Stage(4, 2, 32)
     assert curriculum.steps == 0
     assert not curriculum.recent
 
 
-def test_a_stage_without_prose_has_a_share_of_its_own():
+def test_a_stage_without_prose_has_a_share_of_its_own_and_the_last_one_is_never_left():
     curriculum = new_curriculum(leave_plain_at=0.9)
     numbers = []
-    for share in (0.8, 0.95, 0.8):
+    for share in (0.8, 0.95, 0.8, 1.0):
         curriculum.recent.extend([share] * 4)
         curriculum.advance()
         numbers.append(curriculum.number)
-    assert numbers == [0, 1, 2]
-
-
-def test_the_last_stage_is_never_left():
-    curriculum = new_curriculum()
-    curriculum.number = 2
-    curriculum.steps = 10_000
-    curriculum.recent.extend([1.0] * 4)
+    assert numbers == [0, 1, 2, 2]
     assert curriculum.is_last
+    curriculum.steps = 10_000
     assert curriculum.advance() is None
-    assert curriculum.number == 2
 
 
 def test_a_curriculum_goes_on_from_its_state_as_it_would_have():
@@ -615,12 +516,9 @@ def test_a_curriculum_goes_on_from_its_state_as_it_would_have():
     straight.recent.extend([0.2, 0.9, 0.9, 0.9])
     resumed = new_curriculum()
     resumed.load_state_dict(json.loads(json.dumps(straight.state_dict())))
-    assert resumed.state_dict() == dict(number=1, steps=30, recent=[0.2, 0.9, 0.9, 0.9])
+    reports = set()
     for curriculum in (straight, resumed):
         curriculum.steps += 1
         curriculum.recent.append(0.9)  # in place of the 0.2
-    assert (
-        resumed.advance()
-        == straight.advance()
-        == ("4 facts in 2 x 32 90% after 31 steps, now 6 facts in 3 x 64")
-    )
+        reports.add(curriculum.advance())
+    assert reports == {"4 facts in 2 x 32 90% after 31 steps, now 6 facts in 3 x 64"}

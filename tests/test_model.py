@@ -11,23 +11,19 @@ import io
 import math
 import random
 import shutil
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-
-import bench  # noqa: E402
-import reference  # noqa: E402
-from data.recipes import PRESETS  # noqa: E402
-from data.tokenizer import load, of_checkpoint  # noqa: E402
-from heatmaps import recording  # noqa: E402
-from lm2 import (  # noqa: E402
+import bench
+import reference
+from data.recipes import PRESETS
+from data.tokenizer import load, of_checkpoint
+from heatmaps import recording
+from lm2 import (
     LM2,
     RMT,
     LM2Config,
@@ -37,11 +33,7 @@ from lm2 import (  # noqa: E402
     rotary_table,
     save_checkpoint,
 )
-from train import (  # noqa: E402
-    bfloat16_layers,
-    compile_blocks,
-    optimizer_groups,  # noqa: E402
-)
+from train import bfloat16_layers, compile_blocks, optimizer_groups
 
 torch.set_num_threads(1)
 # PyTorch's own warning, on compiling
@@ -72,10 +64,10 @@ KINDS = {
     "llama": dict(n_mem_layer=0),
     "rmt": dict(n_mem_token=K),
 }
-LENGTHS = [1, 3, S, S + 1, 3 * S, 3 * S + 1, 3 * S + 2]
 
-every_kind = pytest.mark.parametrize("kind", KINDS)
-with_memory = pytest.mark.parametrize("kind", ["lm2", "memory in one block", "rmt"])
+all_four = pytest.mark.parametrize("kind", KINDS)
+every_kind = pytest.mark.parametrize("kind", ["lm2", "llama", "rmt"])
+with_memory = pytest.mark.parametrize("kind", ["lm2", "rmt"])
 
 
 def build(kind="lm2", seed=0, dtype=torch.float64, **changes):
@@ -111,10 +103,6 @@ def tensors(state):
 
 def banks(state):
     return [t for t in state.carried if t is not None]
-
-
-def nbytes(state):
-    return sum(t.numel() * t.element_size() for t in tensors(state))
 
 
 def copies(state):
@@ -202,30 +190,21 @@ def test_the_zeros_that_make_narrow_heads_fast_in_long_segments_change_nothing()
 # Whole = streamed
 
 
-@every_kind
-@pytest.mark.parametrize("segment_len", [S, 3, 1])
-@pytest.mark.parametrize("length", LENGTHS)
+@all_four
+@pytest.mark.parametrize("segment_len", [S, 3])
 @torch.no_grad()
-def test_calls_of_any_size_give_the_logits_and_the_state_of_one_call(kind, length, segment_len):
-    model, idx = build(kind), text(2, length)
-    whole, _, end = model(idx, segment_len=segment_len)
-    for sizes in (segment_len, 1, 2, 2 * segment_len):
-        logits, state = feed(model, idx, sizes, segment_len=segment_len)
-        near(logits, whole)
-        near_states(state, end)
-
-
-@every_kind
-@torch.no_grad()
-def test_calls_that_end_anywhere_give_the_logits_and_the_state_of_one_call(kind):
-    model, draw = build(kind), random.Random(3)
-    for length in (4 * S, 4 * S + 3):
+def test_calls_that_end_anywhere_give_the_logits_and_the_state_of_one_call(kind, segment_len):
+    model = build(kind)
+    draw = random.Random(3)
+    for length in (1, S, S + 1, 3 * S, 3 * S + 2):
         idx = text(2, length)
-        whole, _, end = model(idx)
-        for _ in range(8):
-            cuts = sorted(draw.sample(range(1, length), draw.randint(1, 5)))
-            sizes = [b - a for a, b in zip([0, *cuts], [*cuts, length], strict=True)]
-            logits, state = feed(model, idx, sizes)
+        whole, _, end = model(idx, segment_len=segment_len)
+        ways = [1, 2, segment_len, 2 * segment_len]
+        for _ in range(3):
+            cuts = sorted(draw.sample(range(1, length), min(length - 1, 4)))
+            ways.append([b - a for a, b in zip([0, *cuts], [*cuts, length], strict=True)])
+        for sizes in ways:
+            logits, state = feed(model, idx, sizes, segment_len=segment_len)
             near(logits, whole)
             near_states(state, end)
 
@@ -235,7 +214,7 @@ def test_gradients_of_many_calls_are_those_of_one_call(kind):
     model, idx = build(kind), text(2, 3 * S + 2)
     weight = torch.randn(2, idx.shape[1], 19, dtype=torch.float64)
     whole = gradients(model, (model(idx)[0] * weight).sum())
-    for sizes in (1, S, [3, 6, 1, 7]):
+    for sizes in (1, [3, 6, 1, 7]):
         pieces = gradients(model, (feed(model, idx, sizes)[0] * weight).sum())
         for a, b in zip(pieces, whole, strict=True):
             near(a, b)
@@ -246,41 +225,47 @@ def test_gradients_of_many_calls_are_those_of_one_call(kind):
 @torch.no_grad()
 def test_read_gives_the_state_of_one_call(kind, before):
     model = build(kind)
-    for length in (1, S - 3, S, S + 1, 6 * S + 2):
+    for length in (1, S - 3, S, S + 1, 4 * S + 2):
         idx = text(2, before + length)
         end = model(idx)[2]
-        for segments in (1, 2, 100, None):
+        for segments in (1, 2, None):
             state = model(idx[:, :before])[2] if before else None
             near_states(model.read(idx[:, before:], state, segments_per_call=segments), end)
 
 
 @torch.no_grad()
-def test_read_goes_through_a_document_in_calls_of_so_many_segments(monkeypatch):
-    model, idx, seen = build(), text(2, 40 * S + 2), []
+def test_read_goes_through_a_document_in_calls_of_a_number_of_segments(monkeypatch):
+    model, idx = build(), text(2, 10 * S + 2)
+    seen = []
     forward = model.forward
-    monkeypatch.setattr(
-        model, "forward", lambda idx, **given: seen.append(idx.shape[1]) or forward(idx, **given)
-    )
+
+    def watched(idx, **given):
+        seen.append(idx.shape[1])
+        return forward(idx, **given)
+
+    monkeypatch.setattr(model, "forward", watched)
     model.read(idx, segments_per_call=3)
-    assert seen == [3 * S] * 13 + [S + 2]
+    assert seen == [3 * S] * 3 + [S + 2]
     seen.clear()
     model.read(idx[:, :S])  # nothing is to be written
     assert seen == []
 
 
-@every_kind
+@all_four
 @pytest.mark.parametrize("segment_len", [S, 3])
 @torch.no_grad()
 def test_generated_tokens_are_the_likeliest_when_all_is_scored_in_one_pass(kind, segment_len):
-    model = build(kind)
-    for length in range(1, 3 * S + 2):
+    model = build(kind, seed=3)
+    seen = set()
+    for length in (1, S - 1, S, S + 1, 2 * S + 2):
         idx = text(3, length)
         state = model.initial_state(3, segment_len)
         out = model.generate(idx, 2 * S + 3, state=state)
         assert torch.equal(out[:, :length], idx) and out.shape[1] == length + 2 * S + 3
         scored = model(out, segment_len=segment_len)[0].argmax(dim=-1)
         assert torch.equal(out[:, length:], scored[:, length - 1 : -1])
-    assert len(out[:, length:].unique()) > 2  # not one token again and again
+        seen.update(out[:, length:].flatten().tolist())
+    assert len(seen) > 3  # not one token again and again
 
 
 @with_memory
@@ -323,7 +308,7 @@ def test_no_new_tokens_returns_the_prompt():
 
 @torch.no_grad()
 def test_sampling_follows_the_softmax_of_logits_over_temperature_and_its_generator():
-    model, idx = build(), text(1, 2).repeat(4000, 1)
+    model, idx = build(), text(1, 2).repeat(2000, 1)
 
     def draw(temperature):
         generator = torch.Generator().manual_seed(7)
@@ -331,8 +316,8 @@ def test_sampling_follows_the_softmax_of_logits_over_temperature_and_its_generat
 
     new = draw(2.0)
     expected = (model(idx[:1])[0][0, -1] / 2.0).softmax(dim=-1)
-    # a standard deviation is below 0.008
-    near(new.bincount(minlength=19) / 4000, expected.float(), 0.03)
+    # A standard deviation is below 0.012.
+    near(new.bincount(minlength=19) / 2000, expected.float(), 0.04)
     assert torch.equal(new, draw(2.0))
     assert torch.equal(draw(1e-30), model.generate(idx, 1)[:, -1])  # nothing overflows
 
@@ -342,22 +327,19 @@ def test_sampling_follows_the_softmax_of_logits_over_temperature_and_its_generat
 
 @with_memory
 @pytest.mark.parametrize("n_open", [S, 2])
-@pytest.mark.parametrize("grad", [False, True])
-def test_going_on_from_a_state_changes_neither_it_nor_one_made_from_it(kind, n_open, grad):
-    with torch.set_grad_enabled(grad):
-        model, idx = build(kind), text(2, S + n_open)
-        root = model(idx)[2]
-        root_copy = copies(root)
-        for seed in (11, 12):
-            branch = text(2, 2 * S, seed=seed)
-            expected = model(torch.cat([idx, branch], dim=1))[0][:, idx.shape[1] :]
-            middle = model(branch[:, :2], state=root)[2]
-            middle_copy = copies(middle)
-            for _ in range(2):
-                near(feed(model, branch[:, 2:], [1, 1, 5, 1], middle)[0], expected[:, 2:])
-                near(feed(model, branch, [1, 2, 3, 4], root)[0], expected)
-            assert same(copies(middle), middle_copy)
-        assert same(copies(root), root_copy)
+def test_going_on_from_a_state_changes_neither_it_nor_one_made_from_it(kind, n_open):
+    model, idx = build(kind), text(2, S + n_open)
+    root = model(idx)[2]
+    root_copy = copies(root)
+    for seed in (11, 12):
+        branch = text(2, 2 * S, seed=seed)
+        expected = model(torch.cat([idx, branch], dim=1))[0][:, idx.shape[1] :]
+        middle = model(branch[:, :2], state=root)[2]
+        middle_copy = copies(middle)
+        near(feed(model, branch[:, 2:], [1, 1, 5, 1], middle)[0], expected[:, 2:])
+        near(feed(model, branch, [1, 2, 3, 4], root)[0], expected)
+        assert same(copies(middle), middle_copy)
+    assert same(copies(root), root_copy)
 
 
 def test_a_state_can_be_gone_on_from_twice_and_both_ways_give_gradients():
@@ -416,22 +398,23 @@ def test_nothing_of_a_document_stays_on_the_module(kind):
 
 @with_memory
 @torch.no_grad()
-def test_a_state_has_as_many_bytes_after_a_hundred_thousand_tokens_as_after_a_thousand(kind):
+def test_a_state_has_as_many_bytes_after_many_tokens_as_after_few(kind):
     sizes = dict(vocab_size=7, n_head=2, n_kv_head=1, n_embd=8, ffn_dim=8, n_slot=4)
-    model = build(kind, dtype=torch.float32, segment_len=128, **sizes)
-    idx = text(1, 128 * 800 + 1001 % 128, vocab=7)
-    early = model.read(idx[:, :1001])
-    late = model.read(idx[:, 1001:], early)
+    model = build(kind, dtype=torch.float32, segment_len=16, **sizes)
+    idx = text(1, 16 * 1000 + 3, vocab=7)
+    early = model.read(idx[:, :35])
+    late = model.read(idx[:, 35:], early)
 
     def held(state):  # by the allocator, in case a small view keeps a large buffer alive
         storages = [t.untyped_storage() for t in tensors(state)]
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
-    assert nbytes(early) == nbytes(late) == held(early) == held(late)
-    assert all(t.isfinite().all() for t in late.carried if t is not None)
+    assert late.open_ids.shape == (1, 3)
+    assert held(early) == held(late) == sum(t.nbytes for t in tensors(late))
+    assert all(t.isfinite().all() for t in banks(late))
     file = io.BytesIO()
     torch.save([late.carried, late.open_ids], file)
-    assert file.tell() < nbytes(late) + 8000
+    assert file.tell() < held(late) + 8000
 
 
 @with_memory
@@ -573,8 +556,8 @@ def test_with_equal_scores_a_slot_leaves_two_fifths_unwritten_at_any_segment_len
 # Equations
 
 
-@pytest.mark.parametrize("length", [2, 9, 10])
-@with_memory
+@pytest.mark.parametrize("length", [2, 10])
+@pytest.mark.parametrize("kind", ["lm2", "memory in one block", "rmt"])
 def test_values_and_gradients_are_those_of_the_equations_in_plain_loops(kind, length):
     sizes = dict(vocab_size=11, n_head=2, n_kv_head=1, n_embd=8, ffn_dim=5, segment_len=3)
     model = build(kind, n_slot=5, **sizes)
@@ -692,14 +675,6 @@ def test_rows_of_a_batch_do_not_touch_each_other(kind):
     whole = model(idx)[0]
     near(model(idx[[2, 0, 1]])[0], whole[[2, 0, 1]], 1e-12)
     near(torch.cat([model(row[None])[0] for row in idx]), whole, 1e-12)
-
-
-@with_memory
-def test_two_full_segments_with_the_loss_in_the_second_give_every_tensor_a_gradient(kind):
-    model, idx = build(kind), text(2, 2 * S)
-    model(idx)[0][:, S:].square().sum().backward()
-    for name, p in model.named_parameters():
-        assert p.grad is not None and p.grad.abs().max() > 1e-9, name
 
 
 @with_memory
@@ -995,8 +970,7 @@ def test_a_tied_table_starts_as_a_head():
     assert model.output.weight.std().item() == pytest.approx(0.02, rel=0.04)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@every_kind
+@pytest.mark.parametrize("kind, tied", [("lm2", True), ("rmt", False)])
 def test_every_parameter_is_in_one_optimizer_group_and_only_matrices_decay(kind, tied):
     model = build(kind, tie_embeddings=tied)
     groups = optimizer_groups(model)
@@ -1028,7 +1002,7 @@ def test_the_presets_to_compare_have_as_many_parameters(name, equals):
     assert all(abs(n / sizes[name] - 1) < 0.001 for n in sizes.values()), sizes
 
 
-@every_kind
+@with_memory
 @torch.no_grad()
 def test_a_model_built_on_the_meta_device_and_filled_later_is_the_same_model(kind):
     cfg = LM2Config(**{**SMALL, **KINDS[kind]})
@@ -1041,9 +1015,9 @@ def test_a_model_built_on_the_meta_device_and_filled_later_is_the_same_model(kin
     assert torch.equal(model(idx)[0], real(idx)[0])
 
 
-@every_kind
+@with_memory
 @torch.no_grad()
-def test_a_checkpoint_gives_the_same_model_back_and_a_broken_one_a_single_line(tmp_path, kind):
+def test_a_checkpoint_gives_the_same_model_back(tmp_path, kind):
     tokenizer = load()
     sizes = dict(rope_scaling=LLAMA3, vocab_size=tokenizer.n_vocab)
     model = build(kind, dtype=torch.float32, **sizes)
@@ -1054,11 +1028,6 @@ def test_a_checkpoint_gives_the_same_model_back_and_a_broken_one_a_single_line(t
     assert torch.equal(again(idx)[0], model(idx)[0])
     assert of_checkpoint(content, path).ranks == tokenizer.ranks
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
-    path.write_bytes(path.read_bytes()[:1000])
-    for broken in (path, tmp_path / "none.pt"):
-        with pytest.raises(ValueError, match=broken.name) as error:
-            load_checkpoint(broken)
-        assert "\n" not in str(error.value)
 
 
 # A user's mistakes
@@ -1078,6 +1047,10 @@ def test_a_checkpoint_gives_the_same_model_back_and_a_broken_one_a_single_line(t
         (dict(n_mem_token=2, n_mem_layer=1), "n_mem_token 2 and n_mem_layer 1"),
         (dict(rope_theta=0.0), "rope_theta 0.0"),
         (dict(norm_eps=0.0), "norm_eps 0.0"),
+        (
+            dict(rope_scaling=LLAMA3 | dict(low_freq_factor=4.0)),
+            "low_freq_factor 4.0 must be below",
+        ),
         *[
             (dict(rope_scaling={k: v for k, v in LLAMA3.items() if k != key}), f"lacks {key}")
             for key in LLAMA3
@@ -1088,6 +1061,10 @@ def test_a_checkpoint_gives_the_same_model_back_and_a_broken_one_a_single_line(t
 def test_sizes_that_do_not_fit_are_refused_by_name_and_value(change, named):
     with pytest.raises(ValueError, match=named):
         LM2Config(**{**SMALL, **change})
+
+
+def test_without_a_number_of_key_and_value_heads_there_are_as_many_as_heads():
+    assert LM2Config(n_head=4).n_kv_head == 4
 
 
 def test_a_class_refuses_the_sizes_of_the_other():

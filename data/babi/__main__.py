@@ -1,4 +1,4 @@
-"""python -m data.babi"""
+"""The command line: python -m data.babi --help"""
 
 from data.babi import main
 

@@ -1,161 +1,239 @@
-"""bAbI (v1.2, English), all twenty tasks: write stories like those of the released files, or read the files.
+"""bAbI stories in files: write them, read them, and the command line.
 
     python -m data.babi --task qa1 --stories 2                           # look at two stories
     python -m data.babi --task qa3 --stories 200 --seed 1 --out qa3.txt
-    python -m data.babi --all --out babi                                 # a folder with a file for each task
+    python -m data.babi --all --out babi                                 # all tasks, a file each
 
-Prints the original format, or writes it to --out: numbered statements, and questions with their answer and
-the numbers of their supporting lines. The same seed gives the same bytes. Reading takes the same format.
+Writes the format of the released files (v1.2, English) to standard output or to --out: numbered
+statements, and numbered questions with their answer and the numbers of the statements that support
+it. The same seed gives the same bytes. Reads the same format.
 """
 
 import argparse
-import contextlib
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from data.babi.puzzles import PUZZLES, Puzzle
-from data.babi.worlds import WORLD, Event, Question, Story, Task
+from data.babi.puzzles import Puzzle
+from data.babi.story import Event, Question, Story
+from data.babi.tasks import TASKS
+from data.babi.worlds import Task
 from data.common import Parser, replacing
 
-TASKS: dict[str, Task | Puzzle] = {f"qa{n}": (WORLD | PUZZLES)[f"qa{n}"] for n in range(1, 21)}
-OBJECT_TASKS = {"qa1", "qa2", "qa3", "qa6", "qa8"}      # can be asked where objects are taken and put down
-ALSO = {"qa5": {"qa1", "qa6"}, "qa7": {"qa1", "qa6"}}   # task -> tasks whose questions its stories answer too
-ALSO |= {task: OBJECT_TASKS - {task} for task in OBJECT_TASKS - {"qa1"}}
-FOLDERS = ("", "en-10k", "en-valid-10k", "tasks_1-20_v1-2/en-10k", "en")  # where in an archive to look
-
-
-def with_others(task: str, events: list[Event], own: list[Question], tasks: Sequence[str],
-                rng: random.Random) -> list[Question]:
-    """A task's own questions on a story, and behind them those of the others of `tasks` that it answers too,
-    in random order. Of the first eight three are theirs, or fewer if there are no more of them, or more if
-    there are fewer than five of its own."""
-    others = [q for t in sorted(ALSO.get(task, set()) & set(tasks)) for q in TASKS[t].everything(events, rng)]
-    rng.shuffle(others)                         # of none this draws nothing
-    return own[:8 - min(3, len(others))] + others if others else own
+# Where in a folder the files of a task can be, the preferred place first.
+FOLDERS = ("", "en-10k", "en-valid-10k", "tasks_1-20_v1-2/en-10k", "en")
 
 
 def format_story(story: Story, task: Task | Puzzle) -> str:
-    """The story in the original format, up to its last question; line numbers count the questions too."""
-    lines, line_of, done = [], [], 0
-    for count, question in story.questions:
-        for event in story.events[done:count]:
-            line_of.append(len(lines) + 1)
-            lines.append(f"{line_of[-1]} {event.text}")
-        done, support = count, " ".join(str(line_of[i]) for i in question.support)
-        lines.append(f"{len(lines) + 1} {question.text}{task.tail}\t{question.answer}\t{support}")
+    """The text of a story in the original format, up to its last question."""
+    lines = []
+    number_of = []  # the line number of each statement
+    n_told = 0
+    for n_facts, question in story.questions:
+        for event in story.events[n_told:n_facts]:
+            number = len(lines) + 1
+            number_of.append(number)
+            lines.append(f"{number} {event.text}")
+        n_told = n_facts
+        support = " ".join([str(number_of[i]) for i in question.support])
+        number = len(lines) + 1
+        lines.append(f"{number} {question.text}{task.tail}\t{question.answer}\t{support}")
     return "\n".join(lines) + "\n"
 
 
 def find_file(path: str | Path, task: str, part: str = "train") -> Path:
-    """The file with a task's stories: path itself or, of a folder, the file for the part "train" or "val"
-    (released as "test") in the first of FOLDERS that has one. ValueError if there are none or several."""
-    path, name = Path(path), f"{task}_*{'test' if part == 'val' else part}.txt"  # en-valid-10k: qa1_test.txt
+    """The file with the stories of a task.
+
+    path  the file itself, or a folder: then the first of FOLDERS in it that has a file counts
+    part  "train", or "val", which the released files call "test"
+
+    ValueError if there is no such file, or if a folder has several."""
+    path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: there is no such file or folder, name one with bAbI stories")
-    for folder in FOLDERS if path.is_dir() else ():
-        if found := sorted((path / folder).glob(name)):
-            if len(found) > 1:
-                raise ValueError(f"{path / folder}: {found[0].name} and {found[1].name}, keep one of them")
+    if not path.is_dir():
+        return path
+    released_part = "test" if part == "val" else part
+    name = f"{task}_*{released_part}.txt"  # in en-valid-10k it is qa1_test.txt
+    for folder in FOLDERS:
+        found = sorted((path / folder).glob(name))
+        if len(found) > 1:
+            raise ValueError(
+                f"{path / folder}: {found[0].name} and {found[1].name}, keep one of them"
+            )
+        if found:
             return found[0]
-    if path.is_dir():
-        raise ValueError(f"{path}: no file {name} there or in {', '.join(FOLDERS[1:])}")
-    return path
+    raise ValueError(f"{path}: no file {name} there or in {', '.join(FOLDERS[1:])}")
 
 
 def read_stories(path: str | Path, task: str, part: str = "train") -> list[Story]:
-    """The stories of find_file(path, task, part); what comes after a story's last question is left out.
+    """The stories of find_file(path, task, part), each up to its last question.
+
     ValueError names the file and the line that is not in the original format."""
     file = find_file(path, task, part)
-    stories, line_of, number = [], {}, 0  # line_of: the line number of a statement -> its index
-    for at, line in enumerate(decoded(file).split("\n"), 1):
-        wrong, (digits, _, rest) = f"{file}, line {at}: ", line.partition(" ")
-        if not re.fullmatch("[0-9]+", digits) or not rest:
-            raise ValueError(f"{wrong}{line[:60]!r} is not a number and a sentence")
-        if int(digits) == 1:
-            stories.append(Story([], []))
-            line_of, number = {}, 0
-        number += 1
-        if int(digits) != number:
-            raise ValueError(f"{wrong}its number is {digits}, expected {number}{' or 1' * (number > 1)}")
-        events, questions = stories[-1]
-        if "\t" not in rest and not rest.rstrip().endswith("?"):
-            line_of[number] = len(events)
-            events.append(Event("fact", "", None, "", rest))
-            continue
-        text, answer, ids = [*rest.split("\t"), "", ""][:3]
-        if rest.count("\t") != 2 or not answer or not re.fullmatch("[0-9]+( [0-9]+)*", ids.strip()):
-            raise ValueError(f"{wrong}a question needs an answer and the numbers of its lines, between tabs")
-        if missing := [i for i in ids.split() if int(i) not in line_of]:
-            raise ValueError(f"{wrong}{missing[0]} is not the number of a statement before the question")
-        support = tuple(line_of[int(i)] for i in ids.split())
-        questions.append((len(events), Question(text.rstrip(), answer, support)))
+    lines = read_text(file).split("\n")
+    stories = []
+    for line_number, line in enumerate(lines, 1):
+        try:
+            number, rest = split_number(line)
+            if number == 1:
+                stories.append(Story([], []))
+                index_of = {}  # the line number of a statement in its story -> its index
+                expected = 1
+            elif not stories:
+                raise ValueError(f"its number is {number}, expected 1")
+            elif number != expected:
+                raise ValueError(f"its number is {number}, expected {expected} or 1")
+            events, questions = stories[-1]
+            if "\t" in rest or rest.rstrip().endswith("?"):
+                questions.append((len(events), parse_question(rest, index_of)))
+            else:
+                index_of[number] = len(events)
+                events.append(Event(rest))
+            expected += 1
+        except ValueError as error:
+            raise ValueError(f"{file}, line {line_number}: {error}") from None
     if not any(story.questions for story in stories):
-        raise ValueError(f"{file}, line {at}: the file ends without a question")
-    return [Story(events[:questions[-1][0]], questions) for events, questions in stories if questions]
+        raise ValueError(f"{file}, line {len(lines)}: the file ends without a question")
+    complete = []
+    for events, questions in stories:
+        if questions:
+            n_facts, _ = questions[-1]
+            complete.append(Story(events[:n_facts], questions))
+    return complete
 
 
-def decoded(file: Path) -> str:
-    """The text of a file without its last line end, and with LF for CRLF."""
+def read_text(file: Path) -> str:
+    """The text of a file, with LF for CRLF and without the last line end.
+
+    ValueError if it cannot be read, is not UTF-8, or is empty."""
     try:
         data = file.read_bytes()
         text = data.decode("utf-8").replace("\r\n", "\n").removesuffix("\n")
     except OSError as error:
         raise ValueError(f"{file}: cannot read it ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{file}, line {line}: not UTF-8, give a file of text") from None
+        line_number = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{file}, line {line_number}: not UTF-8, give a file of text") from None
     if not text:
         raise ValueError(f"{file}, line 1: the file is empty, give one with stories")
     return text
 
 
-def write_stories(name: str, stories: int, seed: int, path: str | Path | None) -> None:
-    """Stories of a task into a file, or to standard output; an older file outlives any failure."""
-    task, rng = TASKS[name], random.Random(seed)
-    with contextlib.nullcontext(1) if path is None else replacing(path) as target:      # 1: standard output
-        with open(target, "w", encoding="utf-8", newline="\n", closefd=target != 1) as file:
-            file.writelines(format_story(task.story(rng), task) for _ in range(stories))
+def split_number(line: str) -> tuple[int, str]:
+    """The number of a line in its story, and the rest of the line."""
+    digits, _, rest = line.partition(" ")
+    if not re.fullmatch("[0-9]+", digits) or not rest:
+        raise ValueError(f"{line[:60]!r} is not a number and a sentence")
+    return int(digits), rest
 
 
-def whole(text: str) -> int:
-    """A number from 0 up, for argparse; a negative seed is refused because Random(-1) is Random(1)."""
+def parse_question(text: str, index_of: dict[int, int]) -> Question:
+    """The question of a line: its text, its answer, and the line numbers of its support, with tabs
+    between.
+
+    index_of  the line numbers of the statements before it -> their indices"""
+    columns = text.split("\t")
+    if (
+        len(columns) != 3
+        or not columns[1]
+        or not re.fullmatch("[0-9]+( [0-9]+)*", columns[2].strip())
+    ):
+        raise ValueError("a question needs an answer and the numbers of its lines, between tabs")
+    question, answer, numbers = columns
+    support = []
+    for number in numbers.split():
+        if int(number) not in index_of:
+            raise ValueError(f"{number} is not the number of a statement before the question")
+        support.append(index_of[int(number)])
+    return Question(question.rstrip(), answer, tuple(support))
+
+
+def texts_of(name: str, n_stories: int, seed: int) -> Iterator[str]:
+    """Stories of a task, each as a text in the original format."""
+    task = TASKS[name]
+    rng = random.Random(seed)
+    for _ in range(n_stories):
+        yield format_story(task.story(rng), task)
+
+
+def write_stories(name: str, n_stories: int, seed: int, path: str | Path | None) -> None:
+    """Write stories of a task to a file, or to standard output if path is None.
+
+    If that fails, an older file stays as it was."""
+    texts = texts_of(name, n_stories, seed)
+    if path is None:
+        # By its number, because sys.stdout writes CRLF on Windows.
+        with open(1, "w", encoding="utf-8", newline="\n", closefd=False) as file:
+            file.writelines(texts)
+    else:
+        with replacing(path) as partial, open(partial, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(texts)
+
+
+def whole_number(text: str) -> int:
+    """A whole number that is not negative, for argparse.
+
+    A negative seed would be misleading, because Random(-1) draws what Random(1) draws."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, give 1, 2, 3, ...")
     return int(text)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("python -m data.babi", "Write bAbI.")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--task", choices=TASKS, default="qa1", help="task, by name (default: %(default)s)")
-    what.add_argument("--all", action="store_true", help="all tasks, each into a file in the folder --out")
-    parser.add_argument("--stories", type=whole, default=200, help="how many (default: %(default)s stories)")
-    parser.add_argument("--seed", type=whole, default=1, help="random seed, a number (default: %(default)s)")
-    parser.add_argument("--out", help="path of the file to write (default: standard output)")
+    """The command line. A mistake ends it in one line on standard error, with exit code 2."""
+    parser = Parser(
+        "python -m data.babi", "Write bAbI stories in the format of the released files."
+    )
+    tasks = parser.add_mutually_exclusive_group()
+    tasks.add_argument(
+        "--task",
+        choices=TASKS,
+        default="qa1",
+        help="Write stories of this task (default: %(default)s).",
+    )
+    tasks.add_argument(
+        "--all",
+        action="store_true",
+        help="Write stories of all twenty tasks, each into a file in the folder --out.",
+    )
+    parser.add_argument(
+        "--stories",
+        type=whole_number,
+        default=200,
+        help="Write this number of stories for a task (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--seed",
+        type=whole_number,
+        default=1,
+        help="Seed the random draws; a seed always gives the same stories (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--out",
+        help="Write to this file, or with --all to this folder (default: standard output).",
+    )
     args = parser.parse_args(argv)
     if args.stories < 1:
         parser.error(f"--stories {args.stories} writes nothing, give 1 or more")
     if args.all and args.out is None:
         parser.error("--all writes twenty files, name their folder: --out FOLDER")
+    # A folder cannot be replaced by a file, and a device such as /dev/null must not be.
+    if not args.all and args.out and os.path.exists(args.out) and not os.path.isfile(args.out):
+        parser.error(f"--out {args.out!r} is not a file, name one")
     try:
         if args.all:
             os.makedirs(args.out, exist_ok=True)
             for name, task in TASKS.items():
-                write_stories(name, args.stories, args.seed, Path(args.out, f"{name}_{task.stem}_train.txt"))
-        elif args.out is not None and os.path.exists(args.out) and not os.path.isfile(args.out):
-            parser.error(f"--out {args.out!r} is not a file, name one")  # nor must a device be replaced
+                path = Path(args.out, f"{name}_{task.stem}_train.txt")
+                write_stories(name, args.stories, args.seed, path)
         else:
             write_stories(args.task, args.stories, args.seed, args.out)
     except BrokenPipeError:
-        pass  # `| head` has seen enough
+        pass  # whoever read the output has seen enough, as in `| head`
     except OSError as error:
         where = "standard output" if args.out is None else f"--out {args.out!r}"
-        kind = "folder" if args.all else "file in a folder"
-        parser.error(f"cannot write {where} ({error.strerror}), name a {kind} you can write to")
-
-
-if __name__ == "__main__":
-    main()
+        target = "folder" if args.all else "file in a folder"
+        parser.error(f"cannot write {where} ({error.strerror}), name a {target} you can write to")

@@ -1,246 +1,514 @@
-"""bAbI tasks 4 and 14-20: puzzles that share no world, each with a scheme of its own.
+"""bAbI tasks 4 and 14-20: puzzles, which share no world and have a scheme each.
 
-    python -m data.babi --task qa19 --stories 2        # the command line of all tasks
+    from data.babi.puzzles import PUZZLES
+    story = PUZZLES["qa19"].story(random.Random(1))
 
-Writes nothing. Statements and odds are those of the released files (v1.2, English); where these do not show
-their rule, one was fitted to their counts: `fitted:`. A task is one function and one row of PUZZLES.
+A task is a function and a row of PUZZLES. Sentences and probabilities are those of the released
+files (v1.2, English). Where the files do not show their rule, one was fitted to their counts; a
+comment says so. Writes nothing.
 """
+
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
+from typing import NamedTuple
 
-from data.babi.worlds import ROOMS, TOWN, VERBS, Event, Odds, Question, Story, pick
+from data.babi.story import ROOMS, TOWN, VERBS, Event, Odds, Question, Story, pick
 
-WORKERS = ("Bill", "Julie", "Fred", "Mary")
-TIMES = ("yesterday", "this morning", "this afternoon", "this evening")
-WOMEN, PLURAL = ("Gertrude", "Winona", "Jessica", "Emily"), {
-    "mouse": "mice", "sheep": "sheep", "wolf": "wolves", "cat": "cats"}
-PETS, SPECIES = ("Lily", "Bernhard", "Greg", "Julius", "Brian"), ("swan", "lion", "frog", "rhino")
-COLORS = ("green", "white", "gray", "yellow")
-SHAPES = ("triangle", "pink rectangle", "blue square", "red sphere", "red square", "yellow square")
-BOXES = ("box", "chest", "container", "suitcase")
-AGENTS, MOODS = ("Sumit", "Yann", "Jason", "Antoine"), {  # a mood -> where it leads, and what to take there
-    "hungry": ("kitchen", "apple"), "thirsty": ("kitchen", "milk"),
-    "bored": ("garden", "football"), "tired": ("bedroom", "pajamas")}
-VECTOR = {"north of": (0, 1), "south of": (0, -1), "east of": (1, 0), "west of": (-1, 0),
-          "above": (0, 1), "below": (0, -1), "to the right of": (1, 0), "to the left of": (-1, 0)}
-COMPASS, SIDES = list(VECTOR)[:4], list(VECTOR)[4:]
-OPPOSITE = {side: list(VECTOR)[i ^ 1] for i, side in enumerate(VECTOR)}  # they are listed in pairs
+VECTOR = {  # side -> one step to it, as (to the right, up)
+    "north of": (0, 1),
+    "south of": (0, -1),
+    "east of": (1, 0),
+    "west of": (-1, 0),
+    "above": (0, 1),
+    "below": (0, -1),
+    "to the right of": (1, 0),
+    "to the left of": (-1, 0),
+}
+COMPASS = ("north of", "south of", "east of", "west of")
+SIDES = ("above", "below", "to the right of", "to the left of")
+OPPOSITE = {
+    "north of": "south of",
+    "south of": "north of",
+    "east of": "west of",
+    "west of": "east of",
+    "above": "below",
+    "below": "above",
+    "to the right of": "to the left of",
+    "to the left of": "to the right of",
+}
 
-Plan = list[tuple[int, Odds, int]]  # after how many statements, what can be asked, how often
+
+class Pause(NamedTuple):
+    """A point of a puzzle at which questions are asked."""
+
+    n_facts: int  # the number of statements before it
+    odds: Odds  # what can be asked; only a lesson asks what has weight 0
+    n_questions: int  # how many questions a story draws here
 
 
 @dataclass(frozen=True)
 class Puzzle:
-    """One bAbI task that is no world: how its statements are made, and what is asked when."""
+    """One bAbI task that is no world."""
+
     stem: str  # the released files are named "<task>_<stem>_train.txt"
-    make: Callable[[random.Random], tuple[list[Event], Plan]]
+    make: Callable[[random.Random], tuple[list[str], list[Pause]]]  # its statements and its pauses
     tail: str = ""  # what the files have between the question mark and the tab
 
     def story(self, rng: random.Random) -> Story:
-        """A story as in the released files: questions by their weights, also again."""
-        events, plan = self.make(rng)
-        return Story(events, [(at, question) for at, odds, n in plan
-                              for question in rng.choices(list(odds), list(odds.values()), k=n)])
+        """A story as in the released files: its questions are drawn by weight, and may repeat."""
+        texts, pauses = self.make(rng)
+        questions = []
+        for n_facts, odds, n_questions in pauses:
+            for question in rng.choices(list(odds), odds.values(), k=n_questions):
+                questions.append((n_facts, question))
+        return Story(list(map(Event, texts)), questions)
 
     def everything(self, events: list[Event], rng: random.Random) -> list[Question]:
-        """Nothing: a puzzle is asked when its statements are complete."""
+        """No questions: a puzzle can be asked only where it was made to pause."""
         return []
 
     def lesson(self, n_facts: int, rng: random.Random) -> tuple[list[Event], list[Question]]:
-        """A story up to one of its questions, and in random order what can be asked then, each text once.
-        What has half the weight is left out half the time; what has none never, for the files only ask it
-        elsewhere. n_facts has no say: puzzles have their own lengths."""
-        events, plan = self.make(rng)
-        at, odds, _ = pick(rng, plan)
-        most = max(odds.values())
-        kept = [question for question, weight in odds.items() if not weight or rng.random() * most < weight]
+        """A story up to one of its pauses, and what can be asked there, each text once.
+
+        A question of less than the largest weight is left out more often the less it has, so that
+        answers stay balanced. One of weight 0 is always kept. The questions come in random order.
+        n_facts is not used, because a puzzle has a length of its own."""
+        texts, pauses = self.make(rng)
+        pause = pick(rng, pauses)
+        largest = max(pause.odds.values())
+        kept = []
+        for question, weight in pause.odds.items():
+            if weight == 0 or rng.random() * largest < weight:
+                kept.append(question)
         rng.shuffle(kept)
-        return events[:at], list({question.text: question for question in kept}.values())
+        events = [Event(text) for text in texts[: pause.n_facts]]
+        return events, list({question.text: question for question in kept}.values())
 
 
-def placed(rng: random.Random, thing: str, near: str, side: str, odds: float) -> Event:
-    """`thing` is on this side of `near`; told so with probability `odds`, else from the other end."""
+class Placed(NamedTuple):
+    """A statement that a thing is on some side of another one."""
+
+    thing: str
+    side: str
+    near: str
+    text: str
+
+    def seen_from(self, thing: str) -> tuple[str, str]:
+        """Of the two things the other one, and on which side of this one it is."""
+        if thing == self.near:
+            return self.thing, self.side
+        return self.near, OPPOSITE[self.side]
+
+
+def placed(rng: random.Random, thing: str, side: str, near: str, odds: float) -> Placed:
+    """Say on which side of another thing a thing is.
+
+    With probability 1 - odds the sentence is turned round: it starts with the other thing."""
     if rng.random() >= odds:
-        thing, near, side = near, thing, OPPOSITE[side]
-    return Event("placed", thing, near, side, f"The {thing} is {side} the {near}.")
+        thing, near = near, thing
+        side = OPPOSITE[side]
+    return Placed(thing, side, near, f"The {thing} is {side} the {near}.")
 
 
-def seen_from(event: Event, thing: str) -> tuple[str, str]:
-    """The other thing of such a statement, and its side as seen from this thing."""
-    return (event.actor, event.room) if event.obj == thing else (event.obj, OPPOSITE[event.room])
+# qa4: two-argument relations
 
 
-def qa4(rng: random.Random) -> tuple[list[Event], Plan]:
-    """Two rooms on opposite sides of a third. What is asked is always named first in its statement."""
+def qa4(rng: random.Random) -> tuple[list[str], list[Pause]]:
+    """Two rooms are on opposite sides of a third. Ask for the room that a statement names first."""
     one, middle, other = rng.sample(ROOMS, 3)
     side = pick(rng, COMPASS)
-    events = [placed(rng, one, middle, side, 2 / 3), placed(rng, other, middle, OPPOSITE[side], 2 / 3)]
-    odds = {Question(f"What is {words}?", e.actor, (i,)): 1 for i, e in enumerate(events)
-            for words in (f"{e.room} the {e.obj}", f"the {e.obj} {OPPOSITE[e.room]}")}
-    return events, [(2, odds, 1)]
+    facts = [
+        placed(rng, one, side, middle, 2 / 3),
+        placed(rng, other, OPPOSITE[side], middle, 2 / 3),
+    ]
+    odds = {}
+    for i, (thing, side, near, _) in enumerate(facts):
+        odds[Question(f"What is {side} the {near}?", thing, (i,))] = 1
+        odds[Question(f"What is the {near} {OPPOSITE[side]}?", thing, (i,))] = 1
+    return [fact.text for fact in facts], [Pause(2, odds, 1)]
 
 
-def qa14(rng: random.Random) -> tuple[list[Event], Plan]:
-    """An actor is elsewhere at each time of day. Asked are the latest five moves, but they are told out of
-    order; and the files ask "before the park" even of an actor who was there twice."""
-    lived, told, plan, past = [], [], [], {actor: [] for actor in WORKERS}
-    while len(plan) < 5:
+# qa14: time reasoning
+
+WALKERS = ("Bill", "Julie", "Fred", "Mary")
+TIMES = ("yesterday", "this morning", "this afternoon", "this evening")
+
+
+class Visit(NamedTuple):
+    """A statement that an actor went to a room at a time of day."""
+
+    actor: str
+    time: int  # index in TIMES
+    room: str
+    text: str
+
+
+def qa14(rng: random.Random) -> tuple[list[str], list[Pause]]:
+    """Each time of day finds an actor in another room. Ask where he was before one of the last five
+    visits.
+
+    Two visits are drawn at a time, and told out of order. The files ask "before the park" also if
+    the actor was there twice."""
+    lived = []  # visits in the order in which they are drawn
+    told = []  # the same ones in the order in which they are told
+    rooms_of = {actor: [] for actor in WALKERS}  # by time
+    pauses = []
+    while len(pauses) < 5:
         for _ in range(2):
-            actor = pick(rng, [a for a in WORKERS if len(past[a]) < len(TIMES)])
-            time, room = TIMES[len(past[actor])], pick(rng, [r for r in TOWN if r not in past[actor][-1:]])
-            past[actor].append(room)
-            said = f"{actor} {pick(rng, VERBS['move'])} to the {room}"
-            text = pick(rng, (f"{time.capitalize()} {said}.", f"{said} {time}."))
-            lived.append(Event("move", actor, time, room, text))
-        if all(event.obj == TIMES[0] for event in lived[-5:]):
-            continue
-        block, mixed = lived[len(told):], lived[len(told):]
-        while any(a is b for a, b in zip(block, mixed)):
-            rng.shuffle(mixed)  # fitted: no statement of a block stays in its place
-        told += mixed
-        at, odds = {(e.actor, e.obj): i for i, e in enumerate(told)}, {}
-        for i, (_, actor, time, room, *_) in enumerate(told):
-            if time != TIMES[0]:
-                j = at[actor, TIMES[TIMES.index(time) - 1]]
-                question = Question(f"Where was {actor} before the {room}?", told[j].room, (i, j))
-                odds[question] = int(told[i] in lived[-5:])
-        plan.append((len(told), odds, 1))
-    return told, plan
+            visit = draw_visit(rng, rooms_of)
+            rooms_of[visit.actor].append(visit.room)
+            lived.append(visit)
+        if all(visit.time == 0 for visit in lived[-5:]):
+            continue  # nothing can be asked yet
+        told += out_of_order(rng, lived[len(told) :])
+        pauses.append(Pause(len(told), befores(told, lived[-5:]), 1))
+    return [visit.text for visit in told], pauses
 
 
-def qa15(rng: random.Random) -> tuple[list[Event], Plan]:
-    """What each animal fears, and who is which; said of a person only when that animal's fear is known."""
-    fears, odds, events = {}, {}, []
-    while len(events) < 8:
-        kind, person, animal = pick(rng, ("fear", "is a")), pick(rng, WOMEN), pick(rng, list(PLURAL))
-        if kind == "fear" and animal not in fears:
-            fear = pick(rng, [a for a in PLURAL if a != animal])
-            fears[animal] = fear, len(events)
-            text = f"{PLURAL[animal].capitalize()} are afraid of {PLURAL[fear]}."
-            events.append(Event(kind, animal, fear, "", text))
-        elif kind == "is a" and animal in fears and person not in [e.actor for e in events]:
-            support = len(events), fears[animal][1]
-            odds[Question(f"What is {person.lower()} afraid of?", fears[animal][0], support)] = 1
-            events.append(Event(kind, person, animal, "", f"{person} is a {animal}."))
-    return events, [(8, odds, 4)]
+def draw_visit(rng: random.Random, rooms_of: dict[str, list[str]]) -> Visit:
+    """The next visit of an actor whose day is not over, to a room that he is not in."""
+    actor = pick(rng, [actor for actor in WALKERS if len(rooms_of[actor]) < len(TIMES)])
+    time = len(rooms_of[actor])
+    room = pick(rng, [room for room in TOWN if room not in rooms_of[actor][-1:]])
+    words = f"{actor} {pick(rng, VERBS['move'])} to the {room}"
+    text = pick(rng, (f"{TIMES[time].capitalize()} {words}.", f"{words} {TIMES[time]}."))
+    return Visit(actor, time, room, text)
 
 
-def qa16(rng: random.Random) -> tuple[list[Event], Plan]:
-    """Five animals and the colors of four. Asked is the fifth: of its species, the last one named counts."""
-    species, color, events = {}, {}, []  # species and color by name: what, and the index of the statement
-    while len(events) < 9:
-        kind, pet = pick(rng, ("is a", "is")), pick(rng, PETS)
-        if kind == "is a" and pet not in species:
-            species[pet] = pick(rng, SPECIES), len(events)
-            events.append(Event(kind, pet, species[pet][0], "", f"{pet} is a {species[pet][0]}."))
-        elif kind == "is" and pet in species and pet not in color:
-            like = [color[p][0] for p in color if species[p][0] == species[pet][0]]
-            hue = pick(rng, like if like and rng.random() < 0.5 else COLORS)  # fitted: one half
-            color[pet] = hue, len(events)
-            events.append(Event(kind, pet, hue, "", f"{pet} is {hue}."))
-    last, = set(PETS) - set(color)
-    like = [p for p in species if species[p][0] == species[last][0] and p != last]
-    if len(like) in (0, 2):  # fitted: never two in the files; one, three or four as often as by chance
-        return qa16(rng)
-    support = species[last][1], species[like[-1]][1], color[like[-1]][1]
-    return events, [(9, {Question(f"What color is {last}?", color[like[-1]][0], support): 1}, 1)]
+def out_of_order(rng: random.Random, visits: list[Visit]) -> list[Visit]:
+    """The visits in a random order in which none has kept its place. This is fitted."""
+    mixed = list(visits)
+    while any(before is after for before, after in zip(visits, mixed, strict=True)):
+        rng.shuffle(mixed)
+    return mixed
 
 
-def qa17(rng: random.Random) -> tuple[list[Event], Plan]:
-    """Two shapes beside a third. Asked is how they lie to each other, half the time something true."""
+def befores(told: list[Visit], asked: list[Visit]) -> Odds:
+    """Questions on the room before each visit; those on the visits in `asked` have the weight."""
+    index_of = {(visit.actor, visit.time): i for i, visit in enumerate(told)}
+    odds = {}
+    for i, visit in enumerate(told):
+        if visit.time > 0:
+            before = index_of[visit.actor, visit.time - 1]
+            text = f"Where was {visit.actor} before the {visit.room}?"
+            question = Question(text, told[before].room, (i, before))
+            odds[question] = 1 if visit in asked else 0
+    return odds
+
+
+# qa15: basic deduction
+
+WOMEN = ("Gertrude", "Winona", "Jessica", "Emily")
+PLURAL = {"mouse": "mice", "sheep": "sheep", "wolf": "wolves", "cat": "cats"}
+
+
+def qa15(rng: random.Random) -> tuple[list[str], list[Pause]]:
+    """Each kind of animal fears another, and each woman is an animal. Ask what she is afraid of.
+
+    What she is, is told only once the fear of that animal is known."""
+    texts = []
+    fear_of = {}  # animal -> what it fears
+    told_at = {}  # animal -> the index of the statement that tells its fear
+    known = set()  # women of whom it is told what they are
+    odds = {}
+    while len(texts) < 8:
+        tells_fear = pick(rng, (True, False))
+        woman = pick(rng, WOMEN)
+        animal = pick(rng, tuple(PLURAL))
+        if tells_fear and animal not in fear_of:
+            fear_of[animal] = pick(rng, [other for other in PLURAL if other != animal])
+            told_at[animal] = len(texts)
+            texts.append(f"{PLURAL[animal].capitalize()} are afraid of {PLURAL[fear_of[animal]]}.")
+        elif not tells_fear and animal in fear_of and woman not in known:
+            support = (len(texts), told_at[animal])
+            odds[Question(f"What is {woman.lower()} afraid of?", fear_of[animal], support)] = 1
+            known.add(woman)
+            texts.append(f"{woman} is a {animal}.")
+    return texts, [Pause(8, odds, 4)]
+
+
+# qa16: basic induction
+
+PETS = ("Lily", "Bernhard", "Greg", "Julius", "Brian")
+SPECIES = ("swan", "lion", "frog", "rhino")
+COLORS = ("green", "white", "gray", "yellow")
+
+
+def qa16(rng: random.Random) -> tuple[list[str], list[Pause]]:
+    """Five pets have a species each, and four of them a color. Ask for the color of the fifth.
+
+    It is the color of the other pet of its species, or of the last such pet that was named."""
+    while True:
+        texts, species_of, color_of = draw_pets(rng)
+        (asked,) = set(PETS) - set(color_of)
+        species = species_of[asked]
+        examples = [pet for pet in species_of if species_of[pet] == species and pet != asked]
+        # This is fitted: the files never have two examples, and one, three or four by chance.
+        if len(examples) in (1, 3, 4):
+            break
+    last = examples[-1]
+    color = color_of[last]
+    support = (
+        texts.index(f"{asked} is a {species}."),
+        texts.index(f"{last} is a {species}."),
+        texts.index(f"{last} is {color}."),
+    )
+    return texts, [Pause(9, {Question(f"What color is {asked}?", color, support): 1}, 1)]
+
+
+def draw_pets(rng: random.Random) -> tuple[list[str], dict[str, str], dict[str, str]]:
+    """Nine statements, the species of five pets, and the colors of four of them.
+
+    With probability 1/2, which is fitted, a color is taken from the pets of the same species."""
+    texts = []
+    species_of = {}
+    color_of = {}
+    while len(texts) < 9:
+        tells_species = pick(rng, (True, False))
+        pet = pick(rng, PETS)
+        if tells_species and pet not in species_of:
+            species_of[pet] = pick(rng, SPECIES)
+            texts.append(f"{pet} is a {species_of[pet]}.")
+        elif not tells_species and pet in species_of and pet not in color_of:
+            choices = [color_of[p] for p in color_of if species_of[p] == species_of[pet]]
+            if not choices or rng.random() >= 0.5:
+                choices = COLORS
+            color_of[pet] = pick(rng, choices)
+            texts.append(f"{pet} is {color_of[pet]}.")
+    return texts, species_of, color_of
+
+
+# qa17: positional reasoning
+
+SHAPES = (
+    "triangle",
+    "pink rectangle",
+    "blue square",
+    "red sphere",
+    "red square",
+    "yellow square",
+)
+
+
+def qa17(rng: random.Random) -> tuple[list[str], list[Pause]]:
+    """Two shapes are beside a third. Ask how they lie to each other.
+
+    What is true has half of the weight."""
     middle, *ends = rng.sample(SHAPES, 3)
-    events, odds = [placed(rng, e, middle, side, 1 / 3) for e, side in zip(ends, rng.sample(SIDES, 2))], {}
+    sides = rng.sample(SIDES, 2)
+    facts = [placed(rng, end, side, middle, 1 / 3) for end, side in zip(ends, sides, strict=True)]
+    odds = {}
     for i, j in ((0, 1), (1, 0)):
-        (one, here), (other, there) = seen_from(events[i], middle), seen_from(events[j], middle)
-        x, y = (VECTOR[here][k] - VECTOR[there][k] for k in (0, 1))
-        true = [side for side in SIDES if VECTOR[side][0] * x + VECTOR[side][1] * y > 0]
-        odds |= {Question(f"Is the {one} {side} the {other}?", "yes" if side in true else "no", (i, j)):
-                 1 / (len(true) if side in true else 4 - len(true)) for side in SIDES}
-    return events, [(2, odds, 8)]
+        right = VECTOR[sides[i]][0] - VECTOR[sides[j]][0]
+        up = VECTOR[sides[i]][1] - VECTOR[sides[j]][1]
+        true_sides = []
+        for side in SIDES:
+            if VECTOR[side][0] * right + VECTOR[side][1] * up > 0:
+                true_sides.append(side)
+        for side in SIDES:
+            if side in true_sides:
+                answer = "yes"
+                weight = 1 / len(true_sides)
+            else:
+                answer = "no"
+                weight = 1 / (len(SIDES) - len(true_sides))
+            odds[Question(f"Is the {ends[i]} {side} the {ends[j]}?", answer, (i, j))] = weight
+    return [fact.text for fact in facts], [Pause(2, odds, 8)]
 
 
-def qa18(rng: random.Random) -> tuple[list[Event], Plan]:
-    """Comparisons of size, five at a time. Asked are the outer two of three, the right or wrong way round.
-    fitted: what follows from a statement and the FIRST other one that names one of its things; the support is
-    its last repetition; a hundred tries for five questions, or there are more comparisons."""
+# qa18: size reasoning
+
+BOXES = ("box", "chest", "container", "suitcase")
+
+
+class Comparison(NamedTuple):
+    """A statement that one thing is bigger than another one."""
+
+    big: str
+    small: str
+    text: str
+
+
+def qa18(rng: random.Random) -> tuple[list[str], list[Pause]]:
+    """Comparisons of six things, five at a time. Ask about two things that a third one connects.
+
+    The number of questions is fitted: there are a hundred tries to find five. If that does not
+    succeed, there are five comparisons more."""
     things = ("chocolate", "box of chocolates", *rng.sample(BOXES, 4))  # by size
-    events, plan, found = [], [], 0
-    while found < 5:
+    facts = []
+    pauses = []
+    n_found = 0
+    while n_found < 5:
         for _ in range(5):
-            small, big = (things[i] for i in sorted(rng.sample(range(6), 2)))
-            texts = f"The {small} fits inside the {big}.", f"The {big} is bigger than the {small}."
-            events.append(Event("bigger", big, small, "", pick(rng, texts)))
-        last, odds = {e.text: i for i, e in enumerate(events)}, {}
-        for event, middle in [(e, thing) for e in events for thing in (e.obj, e.actor)]:
-            i = last[event.text]
-            j = next((j for j, e in enumerate(events) if j != i and middle in (e.actor, e.obj)), i)
-            if middle == event.obj == events[j].actor:
-                answer, small, big = "yes", events[j].obj, event.actor
-            elif middle == event.actor == events[j].obj:
-                answer, small, big = "no", events[j].actor, event.obj
+            small, big = sorted(rng.sample(range(6), 2))
+            facts.append(compare(rng, things[small], things[big]))
+        odds = conclusions(facts)
+        # A try draws two statements, a direction and a wording, and they have to fit together.
+        chance = sum(odds.values()) / (4 * len(facts))
+        n_found = 0
+        for _ in range(100):
+            if rng.random() < chance:
+                n_found += 1
+        if n_found > 0:
+            pauses.append(Pause(len(facts), odds, min(n_found, 5)))
+    return [fact.text for fact in facts], pauses
+
+
+def compare(rng: random.Random, small: str, big: str) -> Comparison:
+    """Say in one of two ways which thing is bigger."""
+    texts = (f"The {small} fits inside the {big}.", f"The {big} is bigger than the {small}.")
+    return Comparison(big, small, pick(rng, texts))
+
+
+def conclusions(facts: list[Comparison]) -> Odds:
+    """Questions on what follows from a statement and another one that shares a thing with it.
+
+    This is fitted: only the first other statement that names the thing counts. Of a repeated
+    statement the last repetition is the support, and the weight counts all of them."""
+    last = {fact.text: i for i, fact in enumerate(facts)}
+    odds = {}
+    for fact in facts:
+        i = last[fact.text]
+        for middle in (fact.small, fact.big):
+            j = first_with(facts, middle, i)
+            if j is None:
+                continue
+            if middle == fact.small == facts[j].big:
+                answer = "yes"
+                small = facts[j].small
+                big = fact.big
+            elif middle == fact.big == facts[j].small:
+                answer = "no"  # asked the wrong way round
+                small = facts[j].big
+                big = fact.small
             else:
                 continue
-            for text in (f"Does the {small} fit in the {big}?", f"Is the {big} bigger than the {small}?"):
+            for text in (
+                f"Does the {small} fit in the {big}?",
+                f"Is the {big} bigger than the {small}?",
+            ):
                 question = Question(text, answer, (i, j))
                 odds[question] = odds.get(question, 0) + 1
-        chance = sum(odds.values()) / (4 * len(events))  # that statement, direction and wording fit together
-        found = sum(rng.random() < chance for _ in range(100))
-        plan += [(len(events), odds, min(found, 5))] if found else []
-    return events, plan
+    return odds
 
 
-def qa19(rng: random.Random) -> tuple[list[Event], Plan]:
-    """A map of six rooms. Asked is a way of two steps; beside it are the three other rooms."""
+def first_with(facts: list[Comparison], thing: str, excluded: int) -> int | None:
+    """The index of the first statement that names a thing, or None. One index is excluded."""
+    for j, fact in enumerate(facts):
+        if j != excluded and thing in (fact.big, fact.small):
+            return j
+    return None
+
+
+# qa19: path finding
+
+
+class Door(NamedTuple):
+    """A room on some side of another one."""
+
+    room: str
+    side: str
+    near: str
+
+
+def qa19(rng: random.Random) -> tuple[list[str], list[Pause]]:
+    """Five doors connect six rooms. Ask for the way from one room over a second to a third."""
     start, middle, goal, *more = rng.sample(ROOMS, 6)
     first = pick(rng, COMPASS)
     second = pick(rng, [side for side in COMPASS if side != OPPOSITE[first]])
-    taken = {(start, first), (middle, OPPOSITE[first]), (middle, second), (goal, OPPOSITE[second])}
-    free = [(room, side) for room in (start, middle, goal) for side in COMPASS if (room, side) not in taken]
-    doors = [(middle, start, first), (goal, middle, second),
-             *((room, *beside) for room, beside in zip(more, rng.sample(free, 3)))]
-    told, odds = [], {}
-    while len(told) < 5:  # a random room, then a random door of it: so the way itself is told late
+    doors = [Door(middle, first, start), Door(goal, second, middle)]
+    taken = {(start, first), (middle, OPPOSITE[first])}
+    taken |= {(middle, second), (goal, OPPOSITE[second])}
+    free = []
+    for near in (start, middle, goal):
+        for side in COMPASS:
+            if (near, side) not in taken:
+                free.append((near, side))
+    for room, (near, side) in zip(more, rng.sample(free, 3), strict=True):
+        doors.append(Door(room, side, near))
+
+    told = []
+    while (
+        len(told) < 5
+    ):  # A room is drawn, and then one of its doors, so the way itself is told late.
         room = pick(rng, ROOMS)
         door = pick(rng, [door for door in doors if room in door])
-        told += [door] if door not in told else []
-    events = [placed(rng, *door, 1 / 2) for door in told]
-    for (i, one), (j, other) in permutations(enumerate(events), 2):
-        for via in {one.actor, one.obj} & {other.actor, other.obj}:
-            (a, side), (b, step) = seen_from(one, via), seen_from(other, via)
-            text, answer = f"How do you go from the {a} to the {b}?", f"{OPPOSITE[side][0]},{step[0]}"
-            odds[Question(text, answer, (i, j))] = int((a, b) == (start, goal))
-    return events, [(5, odds, 1)]
+        if door not in told:
+            told.append(door)
+    facts = [placed(rng, door.room, door.side, door.near, 1 / 2) for door in told]
+    return [fact.text for fact in facts], [Pause(5, ways(facts, start, goal), 1)]
 
 
-def qa20(rng: random.Random) -> tuple[list[Event], Plan]:
-    """Each is in a mood, goes where it leads and takes what is there; asked after each statement."""
-    mood, told = {actor: pick(rng, list(MOODS)) for actor in AGENTS}, {actor: [] for actor in AGENTS}
-    events, plan, odds, taken = [], [], {}, set()
-    while ready := [a for a in AGENTS if len(told[a]) < (2 if mood[a] in taken else 3)]:
-        actor = pick(rng, ready)
-        told[actor].append(len(events))
-        (room, obj), feels, who, support = MOODS[mood[actor]], mood[actor], actor.lower(), (told[actor][0],)
-        where = Question(f"Where will {who} go?", room, support)
-        if len(told[actor]) == 1:
-            rest, question = f"is {feels}.", where
-        elif len(told[actor]) == 2:
-            rest = f"{pick(rng, VERBS['move'])} to the {room}."
-            question = Question(f"Why did {who} go to the {room}?", feels, support)
+def ways(facts: list[Placed], start: str, goal: str) -> Odds:
+    """Questions on all ways of two steps; only the one from start to goal has a weight."""
+    odds = {}
+    for (i, one), (j, other) in permutations(enumerate(facts), 2):
+        for middle in {one.thing, one.near} & {other.thing, other.near}:
+            origin, side = one.seen_from(middle)
+            target, second = other.seen_from(middle)
+            first = OPPOSITE[side]
+            text = f"How do you go from the {origin} to the {target}?"
+            question = Question(text, f"{first[0]},{second[0]}", (i, j))
+            odds[question] = 1 if (origin, target) == (start, goal) else 0
+    return odds
+
+
+# qa20: agents' motivations
+
+AGENTS = ("Sumit", "Yann", "Jason", "Antoine")
+MOODS = {  # mood -> the room where it leads, and what to take there
+    "hungry": ("kitchen", "apple"),
+    "thirsty": ("kitchen", "milk"),
+    "bored": ("garden", "football"),
+    "tired": ("bedroom", "pajamas"),
+}
+
+
+def qa20(rng: random.Random) -> tuple[list[str], list[Pause]]:
+    """Each agent is in a mood, goes where it leads, and takes what is there unless it is taken.
+    Ask about each statement right after it."""
+    mood_of = {agent: pick(rng, tuple(MOODS)) for agent in AGENTS}
+    told_at = {agent: [] for agent in AGENTS}  # the indices of the statements about the agent
+    taken = set()  # the moods whose object has been taken
+    odds = {}
+    texts = []
+    pauses = []
+    while True:
+        ready = []
+        for agent in AGENTS:
+            n_steps = 2 if mood_of[agent] in taken else 3
+            if len(told_at[agent]) < n_steps:
+                ready.append(agent)
+        if not ready:
+            return texts, pauses
+        agent = pick(rng, ready)
+        name = agent.lower()
+        mood = mood_of[agent]
+        room, obj = MOODS[mood]
+        told_at[agent].append(len(texts))
+        support = (told_at[agent][0],)
+        where = Question(f"Where will {name} go?", room, support)
+        if len(told_at[agent]) == 1:
+            texts.append(f"{agent} is {mood}.")
+            question = where
+        elif len(told_at[agent]) == 2:
+            texts.append(f"{agent} {pick(rng, VERBS['move'])} to the {room}.")
+            question = Question(f"Why did {name} go to the {room}?", mood, support)
         else:
-            rest = f"{pick(rng, VERBS['get'])} the {obj} there."
-            question = Question(f"Why did {who} get the {obj}?", feels, support)
-            taken.add(feels)
-        events.append(Event("fact", actor, None, room, f"{actor} {rest}"))
-        odds = {q: 0 for q in odds if q != where} | {question: 1}  # not where he will go once he went
-        plan.append((len(events), odds, 1))
-    return events, plan
+            texts.append(f"{agent} {pick(rng, VERBS['get'])} the {obj} there.")
+            question = Question(f"Why did {name} get the {obj}?", mood, support)
+            taken.add(mood)
+        odds = dict.fromkeys(odds, 0)  # earlier questions can be asked again, but only by a lesson
+        odds.pop(where, None)  # not where he will go once he went
+        odds[question] = 1
+        pauses.append(Pause(len(texts), odds, 1))
 
 
 PUZZLES = {
     "qa4": Puzzle("two-arg-relations", qa4),
-    "qa14": Puzzle("time-reasoning", qa14, " "),
+    "qa14": Puzzle("time-reasoning", qa14, tail=" "),
     "qa15": Puzzle("basic-deduction", qa15),
     "qa16": Puzzle("basic-induction", qa16),
     "qa17": Puzzle("positional-reasoning", qa17),
