@@ -142,8 +142,11 @@ def test_train_and_val_share_no_sentence_and_are_everything_in_order(documents):
     following = set()
     for document in documents:
         following.update(pairwise(document))
-    for passage in train + val:
-        assert following.issuperset(pairwise(passage))
+    for passages in (train, val):
+        for passage in passages:
+            assert following.issuperset(pairwise(passage))
+        for passage, later in pairwise(passages):  # neighbours are one passage
+            assert (passage[-1], later[0]) not in following
 
 
 def test_a_tenth_of_a_text_is_val():
