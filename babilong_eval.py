@@ -20,6 +20,7 @@ benchmark's own metric with its faults: a perfect model gets about 53 % on qa7, 
 the label "one".
 """
 
+import codecs
 import hashlib
 import json
 import math
@@ -39,6 +40,7 @@ from data.babilong import COUNTS, Builder, Samples, generated
 from data.common import (
     Parser,
     keep_freed_memory,
+    lock,
     one_line,
     peak_memory,
     pick_device,
@@ -357,7 +359,8 @@ def official_score(task: str, target: str, output: str, question: str) -> bool:
 
 def exact_match(target: str, output: str) -> bool:
     """Whether the two are equal, apart from case, surrounding space and a final full stop."""
-    return output.strip().removesuffix(".").strip().lower() == target.strip().lower()
+    plain = [text.strip().removesuffix(".").strip().lower() for text in (target, output)]
+    return plain[0] == plain[1]
 
 
 def score(metric: str, row: dict) -> bool:
@@ -705,7 +708,7 @@ def whole_lines(path: Path) -> list[bytes]:
     """The lines of a file, but for a last one that a killed run has not finished.
 
     A lone line without its end is kept: no run leaves it, so the file is not one of answers."""
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(keepends=True)
     if len(lines) > 1 and not lines[-1].endswith(b"\n"):
         lines.pop()
     return lines
@@ -774,10 +777,14 @@ class Predictions:
     settings  of each model of this run what its answers depend on, with its name as `model`
     again     throw away what is there
 
-    ValueError, and nothing is written, if the file is not one of answers or if its answers were
-    made with other settings."""
+    ValueError, and nothing is written, if the file is not one of answers, if its answers were made
+    with other settings, or while another run writes it."""
 
     def __init__(self, path: Path, settings: list[dict], again: bool = False):
+        busy = f"another evaluation writes {path}: give another --out, or end that one"
+        if path.is_file():
+            with open(path, "ab") as file:
+                lock(file, busy)
         lines = whole_lines(path) if path.is_file() else []
         known, self.rows = parse(path, lines)
         if again:
@@ -790,6 +797,7 @@ class Predictions:
         with replacing(path) as partial:
             partial.write_bytes(b"".join(lines) + as_lines(new))
         self.file = open(path, "ab")  # noqa: SIM115
+        lock(self.file, busy)
 
     def add(self, rows: list[dict]) -> None:
         """Keep rows, and write them at once."""

@@ -18,6 +18,7 @@ number divides --accumulate: small products are not worth splitting among thread
 """
 
 import contextlib
+import hashlib
 import math
 import multiprocessing.connection
 import os
@@ -42,7 +43,7 @@ from tqdm import tqdm
 
 from babilong_eval import cells, check_cells, evaluate, save, table
 from data import background
-from data.babi import TASKS
+from data.babi import TASKS, find_file
 from data.babilong import Builder, generated
 from data.common import (
     JsonLines,
@@ -254,9 +255,12 @@ SIZE_FLAGS = dict(
     n_mem_token="The number of memory tokens. More than 0 makes an RMT, which has no slots.",
 )
 
-# What may change where a run is resumed: how it is computed, stopped and evaluated.
+# What may change where a run is resumed: how it is computed, stopped and evaluated, and where the
+# same texts lie.
 MAY_CHANGE = (
     "out_dir",
+    "background",
+    "stories",
     "minutes",
     "total_minutes",
     "device",
@@ -936,6 +940,7 @@ def train(
     val_set: Builder,
     device: torch.device,
     processes: Processes,
+    texts: str,  # a fingerprint of the texts, for the checkpoint
     saved: dict | None,  # the checkpoint to go on from
     log: JsonLines | None,  # of the first process
     interrupts: list[float],  # not empty once Ctrl-C was pressed
@@ -1070,6 +1075,7 @@ def train(
                 optimizer=optimizer.state_dict(),
                 curriculum=curriculum.state_dict(),
                 progress=asdict(progress),
+                texts=texts,
             )
 
         # If Ctrl-C was pressed during the save, no time is spent here. The next step notices it.
@@ -1132,6 +1138,16 @@ def make_data(cfg: TrainConfig, tokenizer: Tokenizer) -> tuple[Builder, Builder]
     for task in cfg.tasks:
         train_set.story(task, 2, random.Random(0))
     return train_set, val_set
+
+
+def fingerprint(cfg: TrainConfig, train_set: Builder, val_set: Builder) -> str:
+    """A short text that changes with the prose and the files of stories that a run reads."""
+    digest = hashlib.blake2b(digest_size=8)
+    for builder in (train_set, val_set):
+        digest.update("".join(builder.sentences).encode())
+        for task in cfg.tasks if cfg.stories is not None else ():
+            digest.update(find_file(cfg.stories, task, builder.part).read_bytes())
+    return digest.hexdigest()
 
 
 def describe(
@@ -1204,7 +1220,13 @@ def run(flags: Flags, processes: Processes, meet_at: str | None) -> None:
             processes.join(meet_at, device.type)
         model, tokenizer, saved = make_model(flags, device)
         train_set, val_set = make_data(cfg, tokenizer)
-        arguments = (cfg, model, tokenizer, train_set, val_set, device, processes, saved)
+        texts = fingerprint(cfg, train_set, val_set)
+        if saved is not None and saved.get("texts", texts) != texts:
+            raise ValueError(
+                "--resume finds other texts than the run was trained on: name their folders with "
+                "--background and --stories. Python's own prose changes with its version"
+            )
+        arguments = (cfg, model, tokenizer, train_set, val_set, device, processes, texts, saved)
         if not processes.is_first:
             try:
                 train(*arguments, log=None, interrupts=[])

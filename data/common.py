@@ -18,7 +18,7 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -164,6 +164,20 @@ def replacing(path: str | Path) -> Iterator[Path]:
             partial.unlink()
 
 
+def lock(file: IO, message: str) -> None:
+    """Keep other processes from an open file until it is closed. ValueError with the message if one
+    has it already."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(message) from None
+    except OSError:
+        pass  # the file system has no locks, as some network mounts
+
+
 class JsonLines:
     """A file of JSON, one line for each call of `write`, which one process writes at a time.
 
@@ -173,16 +187,7 @@ class JsonLines:
         """step  of an older file the lines up to this step are kept: a run that was killed has
         logged steps that are taken again. None: begin anew"""
         self.file = open(path, "a+b")  # noqa: SIM115
-        try:
-            if fcntl:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.close()
-            raise ValueError(
-                f"another run writes {path}: give another --out_dir, or end that one"
-            ) from None
-        except OSError:
-            pass  # a file system without locks, as some network mounts are
+        lock(self.file, f"another run writes {path}: give another --out_dir, or end that one")
         n_kept = 0  # bytes
         if step is not None:
             self.file.seek(0)
@@ -219,6 +224,8 @@ def save_json(value: Any, path: str | Path) -> None:
 
 def pick_device(name: str) -> torch.device:
     """The device of a flag; "auto" takes CUDA if there is one. ValueError if it is not here."""
+    if name.startswith("mps"):
+        raise ValueError(f"--device {name} was never tried with this code: give cpu")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

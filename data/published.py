@@ -21,15 +21,19 @@ def parse_json(raw: bytes) -> object:
     """The content of a JSON file. ValueError with the place of the fault if it is not JSON in
     UTF-8."""
     try:
-        return json.loads(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the content is not JSON in UTF-8: {error}") from None
 
 
 def parse_samples(raw: bytes) -> list[dict[str, str]]:
-    """The samples of a published file, a JSON list of {"input", "question", "target"}. ValueError
-    with what is wrong if it is not such a list."""
-    samples = parse_json(raw)
+    """The samples of a published file, a JSON list of {"input", "question", "target"}, or JSON
+    Lines of them. ValueError with what is wrong if it is neither."""
+    lines = raw.splitlines()
+    if len(lines) > 1 and lines[0].rstrip().endswith(b"}"):
+        samples = [parse_json(line) for line in lines if line.strip()]
+    else:
+        samples = parse_json(raw)
     if not isinstance(samples, list) or not samples:
         raise ValueError("the content is no list of samples, or an empty one")
     for i, sample in enumerate(samples):

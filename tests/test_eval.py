@@ -150,7 +150,7 @@ def test_the_labels_are_the_answers_of_the_tasks():
 
 def test_exact_match_ignores_case_surrounding_space_and_a_final_full_stop_alone():
     for output in ("kitchen", " Kitchen. ", "kitchen ."):
-        assert exact_match("Kitchen ", output)
+        assert exact_match("Kitchen ", output) and exact_match("Kitchen. ", output)
     for output in ("", "the kitchen", "kitchens", ".kitchen", "kitchen.."):
         assert not exact_match("kitchen", output)
 

@@ -403,6 +403,13 @@ def test_samples_are_read_from_a_folder_or_a_file(tmp_path, name):
     ]
 
 
+def test_a_file_may_be_json_lines_and_may_begin_with_a_byte_order_mark(tmp_path):
+    samples = made(3)
+    lines = "\n".join(json.dumps(sample) for sample in samples) + "\n"
+    assert published.parse_samples(lines.encode()) == samples
+    assert published.parse_samples(json.dumps(samples).encode("utf-8-sig")) == samples
+
+
 def test_a_missing_file_is_named_with_the_command_that_fetches_it(tmp_path):
     with pytest.raises(ValueError) as error:
         published.read_samples(str(tmp_path), "qa2", "4k")

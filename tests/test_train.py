@@ -9,6 +9,7 @@ tests do.
 
 import contextlib
 import dataclasses
+import errno
 import io
 import itertools
 import json
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 import babilong_eval
 import sample
 import train
-from data import babi, background
+from data import babi, background, common
 from data.babilong import Builder
 from data.common import JsonLines, interrupts_kept
 from data.lessons import Batches, Lessons, parse_stages
@@ -758,6 +759,51 @@ def test_two_runs_at_once_in_one_folder_are_refused(capsys, folder, tmp_path):
         err = refused(capsys, train.main, *flags)
         assert "another run writes" in err and str(tmp_path) in err
         assert lines(tmp_path / "metrics.jsonl") == [dict(step=0)]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such locks")
+def test_on_a_file_system_without_locks_a_run_goes_on(tmp_path, monkeypatch):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(common.fcntl, "flock", no_locks)
+    with JsonLines(tmp_path / "metrics.jsonl", None) as log:
+        log.write(step=0)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n'
+
+
+def test_where_the_prose_has_moved_a_run_goes_on_with_the_same_but_not_with_another(
+    capsys, fit, folder, tmp_path
+):
+    books = tmp_path / "books"
+    shutil.copytree(folder, books)
+    fit(tmp_path / "run", f"--background {books} --tokens 400 --stages 2:0 --minutes 0")
+    moved = books.rename(tmp_path / "moved")
+    err = refused(capsys, train.main, "--resume", "--out_dir", tmp_path / "run")
+    assert str(books) in err
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a.txt").write_text(book(700), encoding="utf-8")
+    argv = ["--resume", "--out_dir", tmp_path / "run", "--background"]
+    assert "other texts than" in refused(capsys, train.main, *argv, other)
+    fit(tmp_path / "run", f"--resume --background {moved}")
+    assert content(tmp_path / "run", "progress")["tokens"] >= 400
+
+
+def test_the_bar_ends_where_the_last_stage_ends_the_run(fit, tmp_path, monkeypatch):
+    totals = []
+    update = train.tqdm.update
+
+    def watched(bar, n):
+        if bar.desc == "":  # that of the training, not that of the table
+            totals.append(bar.total)
+        return update(bar, n)
+
+    monkeypatch.setattr(train.tqdm, "update", watched)
+    flags = "--tokens 90000 --final_tokens 500 --stages 2:0 3:0 --stage_steps 2"
+    fit(tmp_path, flags, LOG_EVERY=1)
+    end = content(tmp_path, "progress")["end"]
+    assert totals[0] == 90000 and totals[-1] == end < 3000
 
 
 # Several processes

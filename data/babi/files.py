@@ -76,6 +76,8 @@ def read_stories(path: str | Path, task: str, part: str = "train") -> list[Story
     lines = read_text(file).split("\n")
     stories = []
     for line_number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             number, rest = split_number(line)
             if number == 1:
@@ -91,7 +93,7 @@ def read_stories(path: str | Path, task: str, part: str = "train") -> list[Story
                 questions.append((len(events), parse_question(rest, index_of)))
             else:
                 index_of[number] = len(events)
-                events.append(Event(rest))
+                events.append(Event(rest.rstrip()))
             expected += 1
         except ValueError as error:
             raise ValueError(f"{file}, line {line_number}: {error}") from None
@@ -111,7 +113,7 @@ def read_text(file: Path) -> str:
     ValueError if it cannot be read, is not UTF-8, or is empty."""
     try:
         data = file.read_bytes()
-        text = data.decode("utf-8").replace("\r\n", "\n").removesuffix("\n")
+        text = data.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
     except OSError as error:
         raise ValueError(f"{file}: cannot read it ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -132,14 +134,16 @@ def split_number(line: str) -> tuple[int, str]:
 
 def parse_question(text: str, index_of: dict[int, int]) -> Question:
     """The question of a line: its text, its answer, and the line numbers of its support, with tabs
-    between.
+    between. A file may leave the support out.
 
     index_of  the line numbers of the statements before it -> their indices"""
     columns = text.split("\t")
+    if len(columns) == 2:
+        columns.append("")
     if (
         len(columns) != 3
-        or not columns[1]
-        or not re.fullmatch("[0-9]+( [0-9]+)*", columns[2].strip())
+        or not columns[1].strip()
+        or not re.fullmatch("([0-9]+( [0-9]+)*)?", columns[2].strip())
     ):
         raise ValueError("a question needs an answer and the numbers of its lines, between tabs")
     question, answer, numbers = columns
@@ -148,7 +152,7 @@ def parse_question(text: str, index_of: dict[int, int]) -> Question:
         if int(number) not in index_of:
             raise ValueError(f"{number} is not the number of a statement before the question")
         support.append(index_of[int(number)])
-    return Question(question.rstrip(), answer, tuple(support))
+    return Question(question.rstrip(), answer.strip(), tuple(support))
 
 
 def texts_of(name: str, n_stories: int, seed: int) -> Iterator[str]:
