@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.common import Parser
+from data.common import Parser, one_line
 
 # BABILong drops sentences under 10 GPT-2 tokens, which are about 8 words. So a short sentence is a
 # fact.
@@ -140,13 +140,8 @@ def library_files() -> list[Path]:
 def book(file: Path) -> str:
     """The text of a book without the licence that Project Gutenberg puts around it.
 
-    ValueError if it is not UTF-8."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file} is not UTF-8 (byte {error.start}): convert it or move it away"
-        ) from None
+    UnicodeDecodeError if it is not UTF-8."""
+    text = file.read_text(encoding="utf-8-sig")
     text = re.split(r"\*\*\* ?START OF .*?\*\*\*", text, maxsplit=1)[-1]
     return re.split(r"\*\*\* ?END OF ", text, maxsplit=1)[0]
 
@@ -154,7 +149,7 @@ def book(file: Path) -> str:
 def documents(folder: str | Path | None = None) -> list[list[str]]:
     """Documents, each a list of clean sentences in their natural order.
 
-    folder  every .txt file in it is a document. None for Python's documentation
+    folder  every text file in it (see is_text) is a document. None for Python's documentation
 
     A sentence that a book repeats is kept once in that book. Python's modules copy each other, so
     there a sentence is kept once in all. ValueError for a folder that cannot be used."""
@@ -170,16 +165,33 @@ def documents(folder: str | Path | None = None) -> list[list[str]]:
         raise ValueError(f"background {folder} does not exist: name a folder of .txt files")
     if not folder.is_dir():
         raise ValueError(f"background {folder} is not a folder: name a folder of .txt files")
-    files = sorted(file for file in folder.iterdir() if file.suffix == ".txt" and file.is_file())
+    files = sorted(file for file in folder.iterdir() if is_text(file))
     found = []
+    not_utf8 = []
     for file in files:
-        document = list(dict.fromkeys(sentences(book(file))))  # each sentence once, in order
+        try:
+            text = book(file)
+        except UnicodeDecodeError as error:
+            not_utf8.append(f"{file.name} (byte {error.start})")
+            continue
+        document = list(dict.fromkeys(sentences(text)))  # each sentence once, in order
         if document:
             found.append(document)
+    if not_utf8:
+        raise ValueError(
+            f"folder {folder} holds files that are not UTF-8: {', '.join(not_utf8)}: convert them "
+            "or move them away"
+        )
     if not found:
         what = "no English sentence in its .txt files" if files else "no .txt file"
         raise ValueError(f"folder {folder} holds {what}: put plain-text novels there")
     return found
+
+
+def is_text(path: Path) -> bool:
+    """Whether a path is a file whose name ends in .txt, or in .txt.utf-8 as Project Gutenberg has
+    it, in small or capital letters."""
+    return path.is_file() and path.name.lower().endswith((".txt", ".txt.utf-8"))
 
 
 def shipped_documents() -> list[list[str]]:
@@ -258,18 +270,16 @@ def main(argv: list[str] | None = None) -> None:
         "Python).",
     )
     args = parser.parse_args(argv)
-    try:
+    with one_line(parser.prog):
         found = documents(args.background)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    print(counts_line("all", found, "documents"))
-    print(counts_line("train", split(found, "train"), "passages"))
-    print(counts_line("val", split(found, "val"), "passages"))
-    every = []
-    for document in found:
-        every.extend(document)
-    for sentence in random.Random(0).sample(every, min(5, len(every))):
-        print(f"  {sentence}")
+        print(counts_line("all", found, "documents"))
+        print(counts_line("train", split(found, "train"), "passages"))
+        print(counts_line("val", split(found, "val"), "passages"))
+        every = []
+        for document in found:
+            every.extend(document)
+        for sentence in random.Random(0).sample(every, min(5, len(every))):
+            print(f"  {sentence}")
 
 
 if __name__ == "__main__":

@@ -274,7 +274,7 @@ def test_a_sample_that_cannot_be_shown_is_named(capsys, folder, length, named): 
         (None, "does not exist"),
         ({"a.md": b"The old captain watched the wet river near the lamp."}, "no .txt file"),
         ({"a.txt": b""}, "no English sentence"),
-        ({"a.txt": b"The old captain watched the wet lamp \xff."}, "a.txt is not UTF-8"),
+        ({"a.txt": b"The old captain watched the wet lamp \xff."}, "not UTF-8: a.txt (byte 37)"),
     ],
 )
 def test_a_background_that_cannot_be_used_is_named_by_every_script(
@@ -461,3 +461,22 @@ def test_an_unknown_flag_in_a_document_would_be_found(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         understood(command, monkeypatch)
     assert "--colour" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sample.py", "-m data.background"])
+def test_on_a_console_that_lacks_a_sign_a_question_mark_stands_for_it(tmp_path, command):
+    sentence = "The cart of Stanis\u0142aw stood before the old mill all winter long. "
+    (tmp_path / "a.txt").write_text(sentence, encoding="utf-8")
+    argv = [*command.split(), "--background", str(tmp_path)]
+    if command == "sample.py":
+        argv = ["sample.py", "--ckpt", "assets/five.pt", "--prompt", "Mary"]
+        argv += ["--temperature", "50", "--max_new_tokens", "60"]
+    done = subprocess.run(
+        [sys.executable, *argv],
+        cwd=ROOT,
+        env=os.environ | dict(PYTHONIOENCODING="ascii"),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "?" in done.stdout

@@ -134,6 +134,18 @@ def test_a_book_is_read_without_its_licence_with_plain_quotes_and_each_sentence_
     ]
 
 
+def test_text_files_are_known_by_their_ends_and_all_that_are_not_utf8_are_named(tmp_path):
+    sentence = "The old captain watched the wet lamp all night long. "
+    names = ["a.txt", "B.TXT", "pg345.txt.utf-8", "c.md", "d.txt.zip"]
+    for number, name in enumerate(names):
+        (tmp_path / name).write_text(sentence.replace("old", f"old{'er' * number}"))
+    assert len(background.documents(tmp_path)) == 3
+    for name in ("x.txt", "y.txt"):
+        (tmp_path / name).write_bytes(b"Ren\xe9e")
+    with pytest.raises(ValueError, match=r"x\.txt \(byte 3\), y\.txt \(byte 3\)"):
+        background.documents(tmp_path)
+
+
 def test_train_and_val_share_no_sentence_and_are_everything_in_order(documents):
     train = background.split(documents, "train")
     val = background.split(documents, "val")
@@ -179,7 +191,11 @@ def test_a_part_that_does_not_exist_is_named(documents):
         ("book.txt", b"x", "book.txt is not a folder"),
         ("empty/x.md", b"x", "empty holds no .txt file"),
         ("short/x.txt", b"Too short.", "short holds no English sentence"),
-        ("latin/x.txt", "Ren\xe9e".encode("latin-1"), r"latin.x.txt is not UTF-8 \(byte 3\)"),
+        (
+            "latin/x.txt",
+            "Ren\xe9e".encode("latin-1"),
+            r"latin holds files that are not UTF-8: x.txt \(byte 3\)",
+        ),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_named_in_one_line(tmp_path, capsys, name, content, words):
