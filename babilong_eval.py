@@ -20,7 +20,6 @@ benchmark's own metric with its faults: a perfect model gets about 53 % on qa7, 
 the label "one".
 """
 
-import codecs
 import hashlib
 import json
 import math
@@ -63,18 +62,8 @@ Work = list[tuple[str, int, int]]  # (task, length, number of samples) of each c
 Key = tuple[str, str, int, int, str]  # (model, task, length, i, mode): what one answer answers
 
 
-def check_cells(samples: Samples, tasks: Iterable[str], lengths: Iterable[int]) -> None:
-    """ValueError, before any time is spent, for an unknown task, a length too short for its facts
-    or a published file that cannot be read."""
-    for task in tasks:
-        if task not in TASKS:
-            raise ValueError(f"task {task!r} is unknown: choose from {' '.join(TASKS)}")
-        for length in lengths:
-            samples(task, length, 0)
-
-
 def batches(n: int, size: int, pairs: bool) -> list[range]:
-    """0 .. n in batches of `size`.
+    """The numbers 0 to n - 1 in batches of `size`, in order.
 
     With `pairs` every batch has two or more, as each document lends its memory to another one."""
     size = max(2, size // 2 * 2) if pairs else max(1, size)
@@ -102,7 +91,7 @@ def of_rows(state: State, rows: list[int]) -> State:
     return state.map(lambda tensor: tensor[rows])
 
 
-def last_segment(prompt: Sequence[int], segment_len: int) -> int:
+def last_segment_start(prompt: Sequence[int], segment_len: int) -> int:
     """Where the last segment of a prompt (T,) starts, in which it is answered."""
     return (len(prompt) - 1) // segment_len * segment_len
 
@@ -110,18 +99,19 @@ def last_segment(prompt: Sequence[int], segment_len: int) -> int:
 @torch.no_grad()
 def read_before_last(model: Model, prompts: list[np.ndarray]) -> State:
     """Read each prompt (T,) up to its last segment -> the state in which those segments begin, of
-    len(prompts) rows.
+    len(prompts) rows. It has no open ids.
 
     Prompts of equally many segments are read together, so that none is padded."""
-    state = model.initial_state(len(prompts))
+    state = model.initial_state(len(prompts))  # nobody else has it yet, so it may be filled in
     if model.cfg.kind == "llama":
         return state  # it carries nothing from segment to segment
     rows_by_start: dict[int, list[int]] = {}
     for row, prompt in enumerate(prompts):
-        start = last_segment(prompt, model.cfg.segment_len)
+        start = last_segment_start(prompt, model.cfg.segment_len)
         rows_by_start.setdefault(start, []).append(row)
     for start, rows in rows_by_start.items():
-        # The first token of the last segment makes the model write the segment before it.
+        # The first token of the last segment makes the model write the segment before it. Of what
+        # comes back only the memory is kept, so this token is read again with its own segment.
         idx = torch.from_numpy(np.stack([prompts[row][: start + 1] for row in rows]))
         read = model.read(idx.to(state.open_ids.device))
         for carried, part in zip(state.carried, read.carried, strict=True):
@@ -156,21 +146,21 @@ def answer(
 ) -> list[str]:
     """Greedy answers to prompts (T,), up to the end of text or `most` tokens.
 
-    state  what the last segments of the prompts find, a row each, such as `read_before_last` gives.
-           None is memory off: a token is predicted from its own segment alone."""
+    state  the state in which the last segments begin, a row for each prompt, as `read_before_last`
+           returns it. None is memory off: a token is predicted from its own segment alone."""
     segment_len = model.cfg.segment_len
-    texts = [prompt[last_segment(prompt, segment_len) :].tolist() for prompt in prompts]
+    texts = [prompt[last_segment_start(prompt, segment_len) :].tolist() for prompt in prompts]
     answers = [[] for _ in prompts]
     active = list(range(len(prompts)))  # those whose answers have not ended
     for _ in range(most):
         if state is None:
             # An answer may go on in the next segment, which is a document of its own then.
-            seen = [texts[i][last_segment(texts[i], segment_len) :] for i in active]
-            found = None
+            seen = [texts[i][last_segment_start(texts[i], segment_len) :] for i in active]
+            active_state = None
         else:
             seen = [texts[i] for i in active]
-            found = of_rows(state, active)
-        new_tokens = next_tokens(model, seen, found)
+            active_state = of_rows(state, active)
+        new_tokens = next_tokens(model, seen, active_state)
         still_active = []
         for i, token in zip(active, new_tokens, strict=True):
             if token != tokenizer.eot:
@@ -188,7 +178,7 @@ class Answers(NamedTuple):
 
     outputs: list[str]
     found: list[bool | None]  # whether retrieval found all that is needed
-    seconds: float  # that a document took
+    seconds: float  # the mean time that a document took
 
 
 def ask(
@@ -236,6 +226,12 @@ def ask(
     return answers
 
 
+# When a batch is filled, a shorter document counts as this many tokens. Otherwise a batch would
+# have thousands of short documents. Their memories could fill the RAM, and a run that is cut short
+# would lose all of their answers.
+LEAST_TOKENS = 3000
+
+
 def evaluate(
     model: Model,
     tokenizer: Tokenizer,
@@ -254,8 +250,9 @@ def evaluate(
     needed facts lie before the last segment), found (whether retrieval has them) and seconds.
 
     rag         how many sentences mode `rag` reads
-    max_tokens  tokens of prompts in a batch, at most
-    show        whether there is a bar, if standard error is a terminal"""
+    max_tokens  A batch has at most this many tokens of prompts. One document always goes, or two if
+                "other" is among the modes
+    show        show a progress bar where standard error is a terminal"""
     was_training = model.training
     model.eval()
     bar = tqdm(
@@ -263,12 +260,12 @@ def evaluate(
         desc=name,
         unit="tok",
         unit_scale=True,
-        disable=None if show else True,
+        disable=None if show else True,  # with None tqdm shows the bar on a terminal only
         leave=False,
     )
     for task, length, n in work:
         bar.set_postfix(cell=f"{task} {length_name(length)}")
-        batch_size = max_tokens // max(length, 3000)
+        batch_size = max_tokens // max(length, LEAST_TOKENS)
         for batch in batches(n, batch_size, pairs="other" in modes):
             left = []
             for mode in modes:
@@ -307,10 +304,11 @@ def evaluate(
 # -------------------------------------------------------------------------------------------------
 # Scores
 
+# The labels that the benchmark looks for in an output
+# (github.com/booydar/babilong, metrics.py, Apache-2.0). They are the benchmark's own: they stay as
+# they were published, even if the answers of our generated stories (data/babi) change.
 ROOMS = ["bathroom", "bedroom", "garden", "hallway", "kitchen", "office"]
 YES_NO = ["yes", "no"]
-# The labels that the benchmark looks for in an output
-# (github.com/booydar/babilong, metrics.py, Apache-2.0).
 LABELS = {
     "qa1": ROOMS,
     "qa2": ROOMS,
@@ -351,7 +349,8 @@ def official_score(task: str, target: str, output: str, question: str) -> bool:
         label = label.lower()
         if label in output and label not in question:
             given.add(label)
-    if "," in target and len(target) > 3:  # of 3 characters is a path of qa19, such as s,e
+    # A target of 3 characters is a path of qa19 such as s,e. It is one label, comma included.
+    if "," in target and len(target) > 3:
         parts = target.split(",")
         return all(part in given for part in parts) and len(given) == len(parts)
     return given == {target}
@@ -376,8 +375,9 @@ def count_right(metric: str, rows: list[dict]) -> int:
 
 
 def floor(metric: str, rows: list[dict]) -> int:
-    """How many of these questions the best constant answer would get right: one of their targets,
-    as no other answer is right anywhere."""
+    """How many of these questions the best constant answer gets right.
+
+    Only their own targets are tried, as any other answer is wrong everywhere."""
     best = 0
     for constant in {row["target"] for row in rows}:
         answered = [row | dict(output=constant) for row in rows]
@@ -409,14 +409,16 @@ def mcnemar(only_a: int, only_b: int) -> float:
 # -------------------------------------------------------------------------------------------------
 # Tables
 
+Cell = dict  # the counts of a model, memory mode, task and length: what tables and pictures show
+
 
 def column(row: dict) -> str:
     """The name of a column, such as "lm2 on". It may be that of a prediction or of a cell."""
     return f"{row['model']} {row['memory']}"
 
 
-def cells(rows: Iterable[dict]) -> list[dict]:
-    """The counts of every model, memory mode, task and length: what tables and pictures show.
+def to_cells(rows: Iterable[dict]) -> list[Cell]:
+    """A cell for every model, memory mode, task and length of these predictions.
 
     A cell has n, exact and official (right answers), floor and floor_official (those of the best
     constant answer). outside_n, outside_exact and floor_outside count only the samples whose needed
@@ -426,7 +428,7 @@ def cells(rows: Iterable[dict]) -> list[dict]:
     for row in rows:
         place = (row["model"], row["memory"], row["task"], row["length"])
         groups.setdefault(place, []).append(row)
-    figures = []
+    cells = []
     for (model, memory, task, length), group in groups.items():
         outside = [row for row in group if row["outside"]]
         cell = dict(
@@ -447,53 +449,77 @@ def cells(rows: Iterable[dict]) -> list[dict]:
         if found:
             cell["found_n"] = len(found)
             cell["found"] = sum(found)
-        figures.append(cell)
-    return figures
+        cells.append(cell)
+    return cells
 
 
-def share(figures: list[dict], n_key: str, hits_key: str) -> float:
+def share(cells: list[Cell], n_key: str, hits_key: str) -> float:
     """The mean over cells of the share of hits."""
-    return sum(cell[hits_key] / cell[n_key] for cell in figures) / len(figures)
+    return sum(cell[hits_key] / cell[n_key] for cell in cells) / len(cells)
 
 
-def pooled(figures: list[dict], n_key: str, hits_key: str) -> tuple[float, float]:
-    """Hits and samples of one share that is as certain as the mean over these cells.
+def pooled(cells: list[Cell], n_key: str, hits_key: str) -> tuple[float, float]:
+    """The mean over cells as hits out of n, so that `wilson` can give its interval.
 
-    Of one cell they are its own. The samples are more than all cells have together where the shares
-    differ, and fewer where the cells' sizes do."""
-    each = []  # (likely share, samples) of each cell; even 0 of n leaves a doubt
-    for cell in figures:
-        each.append(((cell[hits_key] + 1) / (cell[n_key] + 2), cell[n_key]))
-    mean = sum(p for p, _ in each) / len(each)
-    variance = sum(p * (1 - p) / size for p, size in each)  # of the sum over cells
-    n = mean * (1 - mean) * len(each) ** 2 / variance
-    return share(figures, n_key, hits_key) * n, n
+    n is chosen so that hits out of n has the variance of that mean. For one cell these are the
+    cell's own counts."""
+    # Laplace's rule (+1, +2), so that a cell with 0 or n hits still has a variance.
+    chances = [(cell[hits_key] + 1) / (cell[n_key] + 2) for cell in cells]
+    variances = []  # of the share of each cell
+    for cell, p in zip(cells, chances, strict=True):
+        variances.append(p * (1 - p) / cell[n_key])
+    # The variance of the mean is sum(variances) / len(cells) ** 2. That of a share of n samples is
+    # mean * (1 - mean) / n.
+    mean = sum(chances) / len(cells)
+    n = mean * (1 - mean) * len(cells) ** 2 / sum(variances)
+    return share(cells, n_key, hits_key) * n, n
 
 
-def percent(hits: float, n: int) -> str:
-    """Share and interval in %, at most 13 characters; "-" without a sample."""
-    if not n:
-        return "-"
+def percents(hits: float, n: float) -> tuple[str, str, str]:
+    """A share of n samples and the two ends of its interval, as texts in %.
+
+    The share is "100" only if all samples are hits."""
     low, high = wilson(hits, n)
     if hits >= n:
-        return f"100 [{100 * low:.0f},100]"
-    return f"{min(99.9, 100 * hits / n):.1f} [{min(99, round(100 * low))},{100 * high:.0f}]"
+        return "100", f"{100 * low:.0f}", "100"
+    return f"{min(99.9, 100 * hits / n):.1f}", f"{min(99, round(100 * low))}", f"{100 * high:.0f}"
+
+
+def percent(hits: float, n: float) -> str:
+    """Share and interval in %, such as "98.0 [95,99]", at most 13 characters.
+
+    It is "-" without a sample."""
+    if n == 0:
+        return "-"
+    shown, low, high = percents(hits, n)
+    return f"{shown} [{low},{high}]"
 
 
 GROUPS = {  # the means that a table shows, and of which tasks
     "qa1-5": [f"qa{i}" for i in range(1, 6)],
     "qa1-10": [f"qa{i}" for i in range(1, 11)],
 }
-BLOCKS = {  # the title of a block, and the fields of a cell for it: samples, right answers, floor
-    "exact": ("exact match in %", "n", "exact", "floor"),
-    "outside": (
+
+
+class Block(NamedTuple):
+    """A block of lines in the table: its title, and the fields of a cell that it shows."""
+
+    title: str
+    n: str  # the field that holds the number of samples
+    hits: str  # the field that holds the right answers
+    floor: str | None  # the field that holds the right answers of the best constant answer
+
+
+BLOCKS = {
+    "exact": Block("exact match in %", "n", "exact", "floor"),
+    "outside": Block(
         "exact match in %, facts outside the window",
         "outside_n",
         "outside_exact",
         "floor_outside",
     ),
-    "official": ("the benchmark's own metric in %", "n", "official", "floor_official"),
-    "found": ("retrieval has all needed facts, in %", "found_n", "found", None),
+    "official": Block("the benchmark's own metric in %", "n", "official", "floor_official"),
+    "found": Block("retrieval has all needed facts, in %", "found_n", "found", None),
 }
 ACROSS = 4  # columns that stand beside each other
 
@@ -503,80 +529,83 @@ outside the window: all needed facts lie before the last segment. Memory off:
 every segment is a document of its own. other: the memory of another document."""
 
 
-def table(figures: list[dict], metrics: Iterable[str] = ("exact", "official")) -> str:
+def table(cells: list[Cell], metrics: Iterable[str] = ("exact", "official")) -> str:
     """All tables of these cells, at most 80 columns wide.
 
     "exact" shows exact match, the same of samples whose facts lie outside the window, and the share
     that retrieval has found; "official" the benchmark's own metric."""
-    names = []
+    blocks = []
     for metric in metrics:
         if metric == "exact":
-            names.extend(["exact", "outside", "found"])
+            blocks.extend([BLOCKS["exact"], BLOCKS["outside"], BLOCKS["found"]])
         else:
-            names.append(metric)
+            blocks.append(BLOCKS[metric])
     parts = []
-    for name in names:
-        lines = block(figures, name)
+    for block in blocks:
+        lines = lines_of_block(cells, block)
         if lines:
             parts.append("\n".join(lines) + "\n")
     return "\n".join(parts) + NOTES
 
 
-def block(figures: list[dict], name: str) -> list[str]:
+def lines_of_block(cells: list[Cell], block: Block) -> list[str]:
     """The lines of one block: task and length down, columns across, then the means over tasks.
 
-    More columns than fit stand in further parts below. Columns of other numbers of samples have
-    lines of their own."""
-    title, n_key, _, _ = BLOCKS[name]
-    by_place = {}  # (column, task, length) -> cell
-    for cell in figures:
-        if cell.get(n_key):
-            by_place[column(cell), cell["task"], cell["length"]] = cell
-    columns = list(dict.fromkeys(column_name for column_name, _, _ in by_place))
-    tasks = sorted({task for _, task, _ in by_place}, key=lambda task: int(task[2:]))
+    Columns that do not fit stand in further parts below."""
+    cell_at = {}  # (column, task, length) -> cell
+    for cell in cells:
+        if cell.get(block.n):
+            cell_at[column(cell), cell["task"], cell["length"]] = cell
+    columns = list(dict.fromkeys(column_name for column_name, _, _ in cell_at))
+    tasks = sorted({task for _, task, _ in cell_at}, key=lambda task: int(task[2:]))
     groups = {task: [task] for task in tasks} | GROUPS
-    lengths = sorted({length for _, _, length in by_place})
+    lengths = sorted({length for _, _, length in cell_at})
     lines = []
     for start in range(0, len(columns), ACROSS):
         part = columns[start : start + ACROSS]
         heads = "".join(f" {short_name(column_name):>13}" for column_name in part)
         if start > 0:
             lines.append("")
-        lines.append(title)
+        lines.append(block.title)
         lines.append(f"{'task':>6} {'length':>6} {'n':>4} {'floor':>5}{heads}")
         for group, members in groups.items():
             for length in lengths:
-                found = []  # the cells of each column, if it has all of the group
+                cells_by_column = []
                 for column_name in part:
                     places = [(column_name, task, length) for task in members]
-                    is_whole = all(place in by_place for place in places)
-                    found.append([by_place[place] for place in places] if is_whole else [])
-                lines.extend(lines_of_group(name, group, length, found))
+                    is_whole = all(place in cell_at for place in places)
+                    cells_by_column.append([cell_at[place] for place in places] if is_whole else [])
+                lines.extend(lines_of_group(block, group, length, cells_by_column))
     return lines
 
 
-def lines_of_group(name: str, group: str, length: int, found: list[list[dict]]) -> list[str]:
-    """The lines of a task or a mean over tasks at one length: one for each number of samples.
+def lines_of_group(
+    block: Block, group: str, length: int, cells_by_column: list[list[Cell]]
+) -> list[str]:
+    """The lines of a task, or of a mean over tasks, at one length.
 
-    found  the cells of each column, with none if it shows "-"
-    """
-    _, n_key, hits_key, floor_key = BLOCKS[name]
-    sizes = [tuple(cell[n_key] for cell in figures) for figures in found]
+    If columns have different numbers of samples, each number gets a line, and the columns of other
+    numbers show "-" there.
+
+    cells_by_column  the cells of each column. A column without cells shows "-" in every line"""
+    columns_by_sizes = {}  # the numbers of samples of some cells -> which columns have them
+    for i, cells in enumerate(cells_by_column):
+        if cells:
+            sizes = tuple(cell[block.n] for cell in cells)
+            columns_by_sizes.setdefault(sizes, []).append(i)
     lines = []
-    for size in dict.fromkeys(sizes):
-        if not size:
-            continue
-        n = sum(size)
+    for sizes, members in columns_by_sizes.items():
+        n = sum(sizes)
         shown_n = str(n) if n < 10_000 else f"{n // 1000}k"
         shown_floor = ""
-        if floor_key:
-            base = found[sizes.index(size)]
-            shown_floor = f"{100 * share(base, n_key, floor_key):.1f}"
+        if block.floor:
+            first_cells = cells_by_column[members[0]]
+            shown_floor = f"{100 * share(first_cells, block.n, block.floor):.1f}"
         line = f"{group:>6} {length_name(length):>6} {shown_n:>4} {shown_floor:>5}"
-        for figures, own_size in zip(found, sizes, strict=True):
+        for i, cells in enumerate(cells_by_column):
             shown = "-"
-            if own_size == size:
-                shown = percent(*pooled(figures, n_key, hits_key))
+            if i in members:
+                shown = percent(*pooled(cells, block.n, block.hits))
             line += f" {shown:>13}"
         lines.append(line)
     return lines
@@ -585,7 +614,8 @@ def lines_of_group(name: str, group: str, length: int, found: list[list[dict]]) 
 def short_name(column_name: str) -> str:
     """A column's name in 13 characters: the end of the model's name, and the mode."""
     model, _, mode = column_name.rpartition(" ")
-    return f"{model[len(mode) - 12 :]} {mode}"
+    room = 12 - len(mode)  # the space between them takes one
+    return f"{model[-room:]} {mode}"
 
 
 def compare(rows: list[dict], a: str, b: str, metric: str = "exact") -> str:
@@ -593,15 +623,15 @@ def compare(rows: list[dict], a: str, b: str, metric: str = "exact") -> str:
 
     It pairs the answers to questions of the same text and target. ValueError for a column that is
     not there, or if the two have answered no question in common."""
-    right: dict[str, dict[tuple, bool]] = {}  # of each column: whether its answers are right
+    right: dict[str, dict[tuple, bool]] = {}  # column -> question -> whether its answer is right
     for row in rows:
         question = (row["task"], row["length"], row["i"], row["question"], row["target"])
         right.setdefault(column(row), {})[question] = score(metric, row)
     for name in (a, b):
         if name not in right:
-            there = ", ".join(repr(other) for other in right)
+            there = ", ".join(repr(known) for known in right)
             raise ValueError(f"column {name!r} is not there: choose from {there}")
-    pairs = {}  # by cell: whether A and B are right, of each question
+    pairs = {}  # (task, length) -> for each question whether A is right and whether B is
     for question, is_right in right[a].items():
         if question in right[b]:
             task, length, *_ = question
@@ -632,7 +662,7 @@ def compare(rows: list[dict], a: str, b: str, metric: str = "exact") -> str:
 
 
 def line_of_pairs(task: str, length: str, pairs: list[tuple[bool, bool]]) -> str:
-    """A line of a comparison. pairs: whether A and whether B is right, of each question"""
+    """A line of a comparison. pairs: for each question whether A is right and whether B is"""
     n = len(pairs)
     percent_a = 100 * sum(a for a, _ in pairs) / n
     percent_b = 100 * sum(b for _, b in pairs) / n
@@ -647,7 +677,8 @@ def line_of_pairs(task: str, length: str, pairs: list[tuple[bool, bool]]) -> str
 
 
 def report_cost(rows: list[dict]) -> str:
-    """Seconds a sample of each model, length and mode, and the tokens that are read a second."""
+    """The seconds that a sample takes, for each model, length and mode, and how many tokens of the
+    document the model reads per second with the memory on."""
     groups: dict[tuple[str, int], dict[str, list[float]]] = {}
     for row in rows:
         by_mode = groups.setdefault((row["model"], row["length"]), {})
@@ -708,7 +739,7 @@ def whole_lines(path: Path) -> list[bytes]:
     """The lines of a file, but for a last one that a killed run has not finished.
 
     A lone line without its end is kept: no run leaves it, so the file is not one of answers."""
-    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     if len(lines) > 1 and not lines[-1].endswith(b"\n"):
         lines.pop()
     return lines
@@ -723,7 +754,7 @@ def parse(path: Path, lines: list[bytes]) -> tuple[dict[str, dict], list[dict]]:
     seen = set()
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = json.loads(line.decode("utf-8-sig"))  # an editor may have put a mark before it
         except (ValueError, RecursionError):
             row = None
         if is_settings(row):
@@ -771,33 +802,38 @@ def save(rows: list[dict], path: Path) -> None:
 
 
 class Predictions:
-    """The file of a run, which goes on with the answers that are there: `rows`, and `done`, what
-    they answer.
+    """The file of answers that a run writes. Answers that are there already are kept.
 
-    settings  of each model of this run what its answers depend on, with its name as `model`
+    `rows` are all answers, `done` their keys.
+
+    settings  one dict for each model of this run: its name under `model`, and all that its answers
+              depend on
     again     throw away what is there
 
     ValueError, and nothing is written, if the file is not one of answers, if its answers were made
     with other settings, or while another run writes it."""
 
     def __init__(self, path: Path, settings: list[dict], again: bool = False):
-        busy = f"another evaluation writes {path}: give another --out, or end that one"
-        if path.is_file():
-            with open(path, "ab") as file:
-                lock(file, busy)
-        lines = whole_lines(path) if path.is_file() else []
-        known, self.rows = parse(path, lines)
-        if again:
-            lines = []
-            known = {}
-            self.rows = []
-        check_settings(path, known, self.rows, settings)
+        # A lock belongs to an open file and not to its name. So the file is opened once, locked
+        # before it is read, and changed in place: of two runs that start together one is refused.
+        self.file = open(path, "a+b")  # noqa: SIM115
+        lock(self.file, f"another evaluation writes {path}: give another --out, or end that one")
+        try:
+            lines = whole_lines(path)
+            known, self.rows = parse(path, lines)
+            if again:
+                lines = []
+                known = {}
+                self.rows = []
+            check_settings(path, known, self.rows, settings)
+        except ValueError:
+            self.file.close()
+            raise
         self.done = {key_of(row) for row in self.rows}
+        self.file.truncate(sum(len(line) for line in lines))
         new = [dict(settings=own) for own in settings if own["model"] not in known]
-        with replacing(path) as partial:
-            partial.write_bytes(b"".join(lines) + as_lines(new))
-        self.file = open(path, "ab")  # noqa: SIM115
-        lock(self.file, busy)
+        self.file.write(as_lines(new))
+        self.file.flush()
 
     def add(self, rows: list[dict]) -> None:
         """Keep rows, and write them at once."""
@@ -820,9 +856,12 @@ def check_settings(
     for model, old in known.items():
         if model in wanted:
             new = wanted[model]
-        else:  # not asked in this run: all but the model has to be the same
+        else:
+            # This run does not ask that model. Its answers stand in the same table, so they have to
+            # be made as those of this run. The settings of a run's models, such as the first one,
+            # differ in the model's name and checkpoint alone.
             new = settings[0] | dict(model=model, checkpoint=old.get("checkpoint"))
-        for name in [*new, *old]:
+        for name in dict.fromkeys([*new, *old]):  # each name once, in order
             have = old.get(name, "missing")
             want = new.get(name, "missing")
             if have != want:
@@ -866,7 +905,7 @@ def read_models(texts: list[str], device: torch.device) -> list[Loaded]:
         model, content = load_checkpoint(path, device)
         if not name:
             name = model.cfg.kind if len(texts) == 1 else path.resolve().parent.name
-        if name in [other.name for other in models]:
+        if name in [loaded.name for loaded in models]:
             raise ValueError(f"--ckpt: two models are called {name!r}, give NAME=PATH")
         tokenizer = of_checkpoint(content, path)
         digest = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
@@ -951,7 +990,8 @@ def read_flags(argv: list[str] | None):
         "--max_tokens",
         type=int,
         default=200_000,
-        help="A batch has at most this many tokens of prompts (default 200000).",
+        help="A batch has at most this many tokens of prompts. One document always goes, or two "
+        "with --memory other (default 200000).",
     )
     add(
         "--device",
@@ -1001,8 +1041,22 @@ def read_flags(argv: list[str] | None):
     return args
 
 
+# -------------------------------------------------------------------------------------------------
+# Checks. They find a mistake before any work begins, and raise ValueError.
+
+
+def check_cells(samples: Samples, tasks: Iterable[str], lengths: Iterable[int]) -> None:
+    """ValueError for an unknown task, a length too short for its facts or a published file that
+    cannot be read."""
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"task {task!r} is unknown: choose from {' '.join(TASKS)}")
+        for length in lengths:
+            samples(task, length, 0)
+
+
 def check_figures(args, out: str | Path) -> None:
-    """ValueError, before any work, for --figures that would replace answers or a checkpoint."""
+    """ValueError for --figures that would replace answers or a checkpoint."""
     if args.figures is None:
         return
     path = Path(args.figures)
@@ -1010,13 +1064,15 @@ def check_figures(args, out: str | Path) -> None:
     for text in args.ckpt:
         _, checkpoint = name_and_path(text)
         taken.append(checkpoint.resolve())
-    is_new_json = path.suffix == ".json" and not path.is_dir() and path.parent.is_dir()
-    if not is_new_json or path.resolve() in taken:
-        raise ValueError(f"--figures {path}: name a new .json file in a folder that is there")
+    is_json_in_a_folder = path.suffix == ".json" and not path.is_dir() and path.parent.is_dir()
+    if not is_json_in_a_folder or path.resolve() in taken:
+        raise ValueError(
+            f"--figures {path}: name a .json file of its own, in a folder that is there"
+        )
 
 
 def check_out(args, out: Path) -> None:
-    """ValueError, before any work, for an --out that answers cannot be written to."""
+    """ValueError for an --out that answers cannot be written to."""
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(
             f"--out {out} is a folder or in none: name a file in a folder that is there"
@@ -1028,7 +1084,7 @@ def check_out(args, out: Path) -> None:
 
 
 def check_columns(args, models: list[Loaded]) -> None:
-    """ValueError, before any work, if --compare names a column that is not asked."""
+    """ValueError if --compare names a column that is not asked."""
     columns = [f"{loaded.name} {mode}" for loaded in models for mode in args.modes]
     for name in args.compare or ():
         if name not in columns:
@@ -1036,7 +1092,7 @@ def check_columns(args, models: list[Loaded]) -> None:
 
 
 def check_path(args, tasks: list[str], lengths: Iterable[int]) -> None:
-    """ValueError, before any work, if --path is one file where several are needed."""
+    """ValueError if --path is one file where several are needed."""
     n_files = len(tasks)
     if args.source == "babilong":
         n_files *= len(list(lengths))
@@ -1046,17 +1102,21 @@ def check_path(args, tasks: list[str], lengths: Iterable[int]) -> None:
         )
 
 
-def show(rows: list[dict], args) -> None:
+# -------------------------------------------------------------------------------------------------
+# A run
+
+
+def print_tables(rows: list[dict], args) -> None:
     """Print what the flags ask for of these predictions, and write the figures."""
-    figures = cells(rows)
-    print(table(figures, args.metric))
+    cells = to_cells(rows)
+    print(table(cells, args.metric))
     if args.compare:
         for metric in args.metric:
             print("\n" + compare(rows, *args.compare, metric))
     if args.published:
         print("\n" + published_table())
     if args.figures:
-        save_json(dict(cells=figures), args.figures)
+        save_json(dict(cells=cells), args.figures)
 
 
 def describe(args, loaded: Loaded, device: torch.device) -> None:
@@ -1085,7 +1145,7 @@ def read_source(args, tokenizer: Tokenizer, longest: int) -> tuple[Samples, str 
     print(f"background of {n_tokens:,} tokens, {builder.chars_per_token:.2f} characters each")
     if args.source == "babi":
         print("questions of the files are drawn at random, with replacement")
-    available = builder.sizes[-1]
+    available = builder.size_before[-1]
     if longest > available:
         print(f"a sample of {length_name(longest)} goes round it {longest / available:.1f} times")
     text = "".join(builder.sentences).encode()
@@ -1097,7 +1157,9 @@ def plan(args, tasks: list[str], counts: dict[int, int], samples: Samples) -> Wo
     work = []
     for task in tasks:
         for length, n in counts.items():
-            have = len(samples.rows(task, length)) if args.source == "babilong" else n
+            have = n
+            if isinstance(samples, Downloaded):
+                have = len(samples.rows(task, length))
             if have < n:
                 print(f"{task} {length_name(length)}: {have} samples published, not {n}")
             work.append((task, length, min(n, have)))
@@ -1109,7 +1171,9 @@ def plan(args, tasks: list[str], counts: dict[int, int], samples: Samples) -> Wo
 
 
 def settings_of(args, loaded: Loaded, background: str | None) -> dict:
-    """What the answers of a model depend on. background: a fingerprint of it"""
+    """What the answers of a model depend on.
+
+    background  a fingerprint of the background's text, None for published samples"""
     return dict(
         model=loaded.name,
         checkpoint=loaded.digest,
@@ -1183,7 +1247,7 @@ def run(args) -> None:
             predictions.add(rows)
     print(f"it took {(time.perf_counter() - began) / 60:.1f} minutes\n")
     shown = [row for row in predictions.rows if key_of(row) in asked]
-    show(shown, args)
+    print_tables(shown, args)
     print("\n" + report_cost(shown))
     print(f"peak resident set {peak_memory() / 2**20:.0f} MiB")
     print(f"answers in {out}")
@@ -1195,7 +1259,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line("babilong_eval.py"):
         if args.from_predictions:
             check_figures(args, args.from_predictions)
-            show(load(args.from_predictions), args)
+            print_tables(load(args.from_predictions), args)
         else:
             run(args)
 

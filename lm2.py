@@ -833,6 +833,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
     Loading never runs code from the file. Raises ValueError, with a message of one line, for a file
     that is missing, cut short, or of another format."""
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the checkpoint in it, such as {path}/ckpt.pt")
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}: name another, or run python train.py")
     try:

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from babilong_eval import cells, check_cells, evaluate, save, table
+from babilong_eval import check_cells, evaluate, save, table, to_cells
 from data import background
 from data.babi import TASKS, find_file
 from data.babilong import Builder, generated
@@ -232,8 +232,11 @@ class TrainConfig:
     def check(self, name: str, low: float, high: float) -> None:
         """ValueError if a setting is given and does not lie between two numbers."""
         value = getattr(self, name)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"--{name} {value} must lie between {low:g} and {high:g}")
+        if value is None or low <= value <= high:
+            return
+        if high == math.inf:
+            raise ValueError(f"--{name} {value} must be at least {low}")
+        raise ValueError(f"--{name} {value} must lie between {low} and {high}")
 
     @property
     def lengths(self) -> list[int]:
@@ -822,7 +825,7 @@ def validate(
     short = [length for length in cfg.lengths if length <= 4000] or cfg.lengths[:1]
     work = [(task, length, cfg.eval_n) for task in cfg.tasks for length in short]
     shares = {}
-    for cell in cells(ask(model, tokenizer, val_set, work, VALIDATION_SEED, ("on",), threads)):
+    for cell in to_cells(ask(model, tokenizer, val_set, work, VALIDATION_SEED, ("on",), threads)):
         name = f"{cell['task']} {length_name(cell['length'])}"
         shares[name] = round(cell["exact"] / cell["n"], 4)
     return shares
@@ -1091,6 +1094,7 @@ def train(
         return
     if interrupts and not is_done:
         record.bar.close()
+        print(f"saved {path}: go on with --resume", flush=True)
         raise KeyboardInterrupt
     record.close(path)
 
@@ -1209,6 +1213,7 @@ def run(flags: Flags, processes: Processes, meet_at: str | None) -> None:
 
     meet_at  the address at which the processes meet; None where there is only one"""
     cfg = flags.cfg
+    interrupts = []  # when Ctrl-C was pressed
     threads_before = torch.get_num_threads()
     torch.set_num_threads(processes.train_threads)
     try:
@@ -1237,7 +1242,6 @@ def run(flags: Flags, processes: Processes, meet_at: str | None) -> None:
                 os._exit(HAS_TOLD)  # at once: to leave in order could wait for the others
             return
 
-        interrupts = []
         folder = Path(cfg.out_dir)
         folder.mkdir(parents=True, exist_ok=True)
         first_step = None if saved is None else saved["progress"]["step"]
@@ -1246,6 +1250,8 @@ def run(flags: Flags, processes: Processes, meet_at: str | None) -> None:
             JsonLines(folder / "metrics.jsonl", first_step) as log,
         ):
             print(describe(cfg, model, train_set, val_set, device, processes), flush=True)
+            if first_step is not None:
+                print(f"goes on from step {first_step}", flush=True)
             train(*arguments, log, interrupts)
         processes.leave()  # the others have ended
         modes = ("on",) if model.cfg.kind == "llama" else ("on", "off")
@@ -1253,10 +1259,14 @@ def run(flags: Flags, processes: Processes, meet_at: str | None) -> None:
         threads = processes.eval_threads
         rows = ask(model, tokenizer, val_set, work, TABLE_SEED, modes, threads, show=True)
         save(rows, folder / "table.jsonl")
-        print(table(cells(rows)))
+        print(table(to_cells(rows)))
     except ProcessLost:
         if torch.cuda.is_initialized():
             processes.group = None  # to leave it in order would wait for the lost process
+        raise
+    except RuntimeError:
+        if interrupts:
+            raise KeyboardInterrupt from None  # Ctrl-C has also ended a compiler that worked for us
         raise
     finally:
         processes.leave()

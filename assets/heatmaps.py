@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from babilong_eval import answer, last_segment, read_before_last
+from babilong_eval import answer, last_segment_start, read_before_last
 from data.document import Document
 from data.tokenizer import Tokenizer
 from lm2 import LM2
@@ -64,11 +64,6 @@ def pick(x: Tensor, head: str) -> Tensor:
     return x[int(head)]
 
 
-def last_segment_start(model: LM2, ids: Tensor) -> int:
-    """Where the last segment of ids (1, T) starts."""
-    return last_segment(ids[0], model.cfg.segment_len)
-
-
 def prepare(model: LM2, doc: Document, layer: int | None) -> Tensor:
     """The document's prompt (1, T). ValueError where there is no memory, no such block, or nothing
     was written."""
@@ -78,7 +73,7 @@ def prepare(model: LM2, doc: Document, layer: int | None) -> Tensor:
         raise ValueError("the model has no memory: choose a checkpoint with n_mem_layer above 0")
     if layer is not None and not 0 <= layer < n:
         raise ValueError(f"--layer {layer} has no memory: give a number from 0 to {n - 1}")
-    if last_segment_start(model, ids) == 0:
+    if last_segment_start(ids[0], model.cfg.segment_len) == 0:
         raise ValueError(
             f"the document has {ids.shape[1]} tokens, no more than one segment of "
             f"{model.cfg.segment_len}: nothing was written before its end, give a longer one"
@@ -122,16 +117,16 @@ def recording(model: LM2) -> Iterator[list[dict]]:
 def reads(model: LM2, ids: Tensor, head: str) -> tuple[Tensor, Tensor]:
     """A in the last segment of ids (1, T), (L, tokens, N): from banks at M_0, and from those that
     the segments before have written."""
-    start = last_segment_start(model, ids)
+    start = last_segment_start(ids[0], model.cfg.segment_len)
     last = ids[:, start:]
-    found = []
+    maps_of_states = []
     for state in (None, model.read(ids[:, :start])):
         with recording(model) as notes:
             model(last, state=state)
         # (B, G, HM, S, N): the segment before is read again with the last one, which is filled up
         maps = [pick(note["A"][0, -1, :, : last.shape[1]], head) for note in notes]
-        found.append(torch.stack(maps))  # (L, tokens, N)
-    before, after = found
+        maps_of_states.append(torch.stack(maps))  # (L, tokens, N)
+    before, after = maps_of_states
     return before, after
 
 
@@ -140,7 +135,7 @@ def writes(model: LM2, ids: Tensor, cuts: list[int], head: str) -> list[Written]
     """What the slots took from each segment of ids (1, T) but the last; `cuts` is where the
     document's sentences start."""
     S = model.cfg.segment_len
-    found = []
+    written = []
     state = None
     for start in range(0, ids.shape[1], S):  # one at a time: R of a million tokens is gigabytes
         with recording(model) as notes:
@@ -154,8 +149,8 @@ def writes(model: LM2, ids: Tensor, cuts: list[int], head: str) -> list[Written]
         parts = []
         for a, b in zip(edges, edges[1:], strict=False):
             parts.append(R[..., a - first : b - first].sum(dim=-1))
-        found.append(Written(starts, torch.stack(parts, dim=-1)))
-    return found
+        written.append(Written(starts, torch.stack(parts, dim=-1)))
+    return written
 
 
 def shown(sizes: list[int], holds_facts: list[bool], most: int) -> set[int]:
@@ -186,7 +181,7 @@ def rows(model: LM2, tokenizer: Tokenizer, doc: Document, head: str, most: int =
     sizes = [len(k) + 1 for k in kinds]
     holds_facts = [set(k) != {"prose"} for k in kinds]
     chosen = shown(sizes, holds_facts, most)
-    found = []
+    lines = []
     for visible, neighbours in groupby(range(len(segments)), chosen.__contains__):
         run = list(neighbours)
         if visible:
@@ -195,16 +190,16 @@ def rows(model: LM2, tokenizer: Tokenizer, doc: Document, head: str, most: int =
                 stops = [*starts[1:], (g + 1) * model.cfg.segment_len]
                 for i, (a, b) in enumerate(zip(starts, stops, strict=True)):
                     text = tokenizer.decode(ids[0, a:b].tolist())
-                    found.append(Row(text, kinds[g][i], share[..., i]))
-                found.append(Row(f"segment {g + 1}: declined", "declined", share[..., -1]))
+                    lines.append(Row(text, kinds[g][i], share[..., i]))
+                lines.append(Row(f"segment {g + 1}: declined", "declined", share[..., -1]))
         else:
             if len(run) == 1:
                 name = f"segment {run[0] + 1}"
             else:
                 name = f"segments {run[0] + 1} to {run[-1] + 1}"
             declined = torch.stack([segments[g].share[..., -1] for g in run]).mean(dim=0)
-            found.append(Row(f"{name}, not shown: declined", "declined", declined))
-    return found
+            lines.append(Row(f"{name}, not shown: declined", "declined", declined))
+    return lines
 
 
 def said(model: LM2, tokenizer: Tokenizer, doc: Document, memory: bool) -> str:
@@ -267,7 +262,7 @@ def draw_read(
     maps = [before[layer, -TOKENS:], after[layer, -TOKENS:]]  # (tokens, N) each
     most = float(torch.stack(maps).max())
     texts = [tokenizer.decode([i]) for i in ids[0, -len(maps[0]) :].tolist()]
-    n_written = last_segment_start(model, ids) // model.cfg.segment_len
+    n_written = last_segment_start(ids[0], model.cfg.segment_len) // model.cfg.segment_len
     plural = "s" if n_written > 1 else ""
     titles = ["before: bank at $M_0$", f"after: {n_written} segment{plural} written"]
     fig.set_size_inches(8, max(4.0, 0.155 * len(texts) + 1.5))

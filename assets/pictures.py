@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python a
 
 from babilong_eval import pooled, share, wilson  # noqa: E402
 from data.babilong import Builder  # noqa: E402
-from data.background import BOUNDARY  # noqa: E402
+from data.background import split_sentences  # noqa: E402
 from data.common import Parser, one_line, replacing  # noqa: E402
 from data.document import Document, from_text, length_name, parse_length  # noqa: E402
 from data.tokenizer import Tokenizer, of_checkpoint  # noqa: E402
@@ -169,17 +169,17 @@ def draw_accuracy(fig, cells: list[Cell], columns: list[str], tasks: list[str]) 
         aside = 0.05 * (i - (len(columns) - 1) / 2)  # so that no bar hides another one
         xs, means, below, above = [], [], [], []
         dot_xs, dots = [], []
-        for length, found in points.items():
+        for length, point in points.items():
             x = positions[length] + aside
-            mean, low, high = mean_and_interval(found)
+            mean, low, high = mean_and_interval(point)
             xs.append(x)
             means.append(mean)
             below.append(max(0.0, mean - low))
             above.append(max(0.0, high - mean))
-            floors.setdefault(length, 100 * share(found, "n", "floor"))
-            for seed in complete_seeds(seeds_by_column[name], tasks, length):
+            floors.setdefault(length, 100 * share(point, "n", "floor"))
+            for seed_cells in complete_seeds(seeds_by_column[name], tasks, length):
                 dot_xs.append(x)
-                dots.append(100 * share(seed, "n", "exact"))
+                dots.append(100 * share(seed_cells, "n", "exact"))
         ax.errorbar(xs, means, [below, above], capsize=3, label=legend_label(name), **style)
         if len(seeds_by_column[name]) > 1:
             ax.plot(dot_xs, dots, **style | SEED_DOT)
@@ -190,7 +190,10 @@ def draw_accuracy(fig, cells: list[Cell], columns: list[str], tasks: list[str]) 
     ax.set_xticks(list(positions.values()), [length_name(length) for length in positions])
     ax.set(ylim=(0, 103), xlabel="tokens of facts + background", ylabel="accuracy (%)")
     ax.grid(axis="y", color="0.9")
-    drawn = [cell for points in shown.values() for found in points.values() for cell in found]
+    drawn = []
+    for points in shown.values():
+        for point in points.values():
+            drawn.extend(point)
     what = tasks[0] if len(tasks) == 1 else f"mean of {' '.join(tasks)}"
     finish(fig, drawn, f"{what}: exact match, bars Wilson 95 %")
 
@@ -217,9 +220,9 @@ def draw_radar(fig, cells: list[Cell], columns: list[str], length: int) -> None:
     ax = fig.add_subplot(projection="polar", theta_offset=math.pi / 2, theta_direction=-1)
     drawn = []
     for i, name in enumerate(columns):
-        found = middle_cells(seeds_by_column[name], name, RADAR_TASKS, length)
-        drawn.append(found)
-        means = group_means(found, "exact")
+        polygon = middle_cells(seeds_by_column[name], name, RADAR_TASKS, length)
+        drawn.append(polygon)
+        means = group_means(polygon, "exact")
         ax.plot(closed_angles, [*means, means[0]], label=legend_label(name), **STYLES[i])
     floors = group_means(drawn[0], "floor")
     ax.plot(closed_angles, [*floors, floors[0]], **FLOOR)
@@ -234,7 +237,7 @@ def draw_radar(fig, cells: list[Cell], columns: list[str], length: int) -> None:
             text.set_ha("left")
         else:
             text.set_ha("right")
-    all_cells = [cell for found in drawn for cell in found]
+    all_cells = [cell for polygon in drawn for cell in polygon]
     finish(fig, all_cells, f"at {length_name(length)}: exact match in %")
 
 
@@ -264,9 +267,8 @@ def document(tokenizer: Tokenizer, args: argparse.Namespace) -> Document:
         builder = Builder(tokenizer, "val", args.background)
         return builder.sample(args.task, parse_length(args.length), Random(args.seed))
     text = " ".join(args.text.split())
-    sentences = BOUNDARY.sub(r"\1\n", text)  # one a line
-    context, _, question = sentences.rpartition("\n")
-    return from_text(tokenizer, context, question, "")
+    *facts, question = split_sentences(text)
+    return from_text(tokenizer, " ".join(facts), question, "")
 
 
 def draw_memory(fig, args: argparse.Namespace) -> None:

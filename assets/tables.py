@@ -16,7 +16,7 @@ the share of every seed. The interval tells how much the share depends on the sa
 nothing about other seeds.
 
 With `--across tasks` or `--across lengths` every seed has a line of its own. The last line of a
-block is the floor, which is the best constant answer.
+section is the floor, which is the best constant answer.
 
 The means over qa1-5 and qa1-10 appear where all of their tasks are in the file.
 """
@@ -25,73 +25,76 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python assets/tables.py`
 
-from babilong_eval import BLOCKS, GROUPS, column, percent, pooled, share  # noqa: E402
+from babilong_eval import (  # noqa: E402
+    BLOCKS,
+    GROUPS,
+    Block,
+    Cell,
+    column,
+    percents,
+    pooled,
+    share,
+)
 from data.babi import TASKS  # noqa: E402
 from data.common import Parser, one_line  # noqa: E402
 from data.document import length_name, parse_length  # noqa: E402
 
-Cell = dict  # the counts of a model, memory mode, task and length: `cells` in babilong_eval.py
 Seed = dict[tuple[str, int], Cell]  # (task, length) -> cell
 Seeds = dict[str, Seed]  # the model's name, such as "lm2-0" -> its cells
 
 
-class Keys(NamedTuple):
-    """The keys of a cell under which the counts of one table stand."""
+def is_sound(cell: object) -> bool:
+    """Whether this is a cell that has all of its counts, and they are possible."""
+    try:
+        counts = [cell[key] for key in ("exact", "floor", "official", "floor_official")]
+        outside_counts = [cell["outside_exact"], cell["floor_outside"]]
+        return (
+            isinstance(cell["model"], str)
+            and isinstance(cell["memory"], str)
+            and cell["task"] in TASKS
+            and cell["length"] >= 0
+            and cell["n"] >= 1
+            and all(0 <= count <= cell["n"] for count in counts)
+            and all(0 <= count <= cell["outside_n"] for count in outside_counts)
+            and cell["outside_n"] <= cell["n"]
+        )
+    except (KeyError, TypeError):  # a count is missing or not a number
+        return False
 
-    n: str  # samples
-    hits: str  # right answers
-    floor: str  # right answers of the best constant answer
 
-
-def keys_of(which: str) -> Keys:
-    """The keys for --which: "exact", "outside" or "official"."""
-    _, n, hits, floor = BLOCKS[which]
-    return Keys(n, hits, floor)
-
-
-def is_sound(cell: Cell) -> bool:
-    """Whether the counts of a cell are possible. KeyError or TypeError if one of them is missing or
-    not a number."""
-    counts = [cell[key] for key in ("exact", "floor", "official", "floor_official")]
-    outside_counts = [cell["outside_exact"], cell["floor_outside"]]
-    return (
-        isinstance(cell["model"], str)
-        and isinstance(cell["memory"], str)
-        and cell["task"] in TASKS
-        and cell["length"] >= 0
-        and cell["n"] >= 1
-        and all(0 <= count <= cell["n"] for count in counts)
-        and all(0 <= count <= cell["outside_n"] for count in outside_counts)
-        and cell["outside_n"] <= cell["n"]
-    )
+def fault(figures: object) -> str:
+    """What is wrong with the content of a file of figures; "" if nothing is."""
+    if not isinstance(figures, dict) or not isinstance(figures.get("cells"), list):
+        return "it is not such a file"
+    if not figures["cells"]:
+        return "it is empty"
+    seen = set()
+    for number, cell in enumerate(figures["cells"], 1):
+        if not is_sound(cell):
+            return f"cell {number} is broken"
+        place = (cell["model"], cell["memory"], cell["task"], cell["length"])
+        if place in seen:
+            return f"cell {number} occurs twice"
+        seen.add(place)
+    return ""
 
 
 def load_figures(path: str) -> list[Cell]:
     """The cells of a file of `babilong_eval.py --figures`. ValueError names a file that is not one,
     or the cell that is broken or occurs twice."""
-    advice = "write the file with babilong_eval.py --figures"
-    number = 0
-    seen = set()
     try:
-        cells = json.loads(Path(path).read_bytes())["cells"]
-        for number, cell in enumerate(cells, 1):
-            seen.add((cell["model"], cell["memory"], cell["task"], cell["length"]))
-            is_new = len(seen) == number
-            if not is_new or not is_sound(cell):
-                raise ValueError
-    except (ValueError, KeyError, TypeError):
-        if number:
-            problem = f"cell {number} is broken or occurs twice"
-        else:
-            problem = "it is not such a file"
-        raise ValueError(f"{path} holds no figures, {problem}: {advice}") from None
-    if not cells:
-        raise ValueError(f"{path} holds no figures, it is empty: {advice}")
-    return cells
+        figures = json.loads(Path(path).read_bytes())
+    except ValueError:
+        figures = None
+    problem = fault(figures)
+    if problem:
+        raise ValueError(
+            f"{path} holds no figures, {problem}: write the file with babilong_eval.py --figures"
+        )
+    return figures["cells"]
 
 
 def choose(flag: str, asked: list[str] | None, there: list[str]) -> list[str]:
@@ -130,8 +133,8 @@ def by_column(cells: list[Cell]) -> dict[str, Seeds]:
 
 
 def cells_of(seed: Seed, tasks: list[str], length: int, n_key: str = "n") -> list[Cell]:
-    """A seed's cells of these tasks at a length. It is empty if a task is missing or has no sample,
-    as the mean over tasks would not be one."""
+    """A seed's cells of these tasks at a length. There are none if a task is missing or has no
+    sample, as a mean over the other tasks could not be compared."""
     cells = []
     for task in tasks:
         cell = seed.get((task, length))
@@ -145,46 +148,52 @@ def complete_seeds(
     seeds: Seeds, tasks: list[str], length: int, n_key: str = "n"
 ) -> list[list[Cell]]:
     """The cells of each seed that has all of these tasks at a length."""
-    candidates = [cells_of(seed, tasks, length, n_key) for seed in seeds.values()]
-    return [cells for cells in candidates if cells]
+    seed_cells = [cells_of(seed, tasks, length, n_key) for seed in seeds.values()]
+    return [cells for cells in seed_cells if cells]
 
 
-def median_seed(seeds: list[list[Cell]], n_key: str, hits_key: str) -> list[Cell]:
-    """The cells of the seed whose mean over its cells is the (lower) median."""
-    shares = [share(cells, n_key, hits_key) for cells in seeds]
-    return seeds[shares.index(statistics.median_low(shares))]
+def median_seed(seed_cells: list[list[Cell]], n_key: str, hits_key: str) -> list[Cell]:
+    """The cells of one seed: the one whose mean over its cells is the median of all seeds.
+
+    Of an even number of seeds it is the lower of the middle two."""
+    shares = [share(cells, n_key, hits_key) for cells in seed_cells]
+    return seed_cells[shares.index(statistics.median_low(shares))]
 
 
-def n_samples(cells: list[Cell], keys: Keys) -> int:
+def n_samples(cells: list[Cell], block: Block) -> int:
     """The number of samples of all cells together."""
-    return sum(cell[keys.n] for cell in cells)
+    return sum(cell[block.n] for cell in cells)
 
 
-def interval_text(cells: list[Cell], keys: Keys) -> str:
-    """The mean over cells in % and its interval: "98.0 [95, 99]"."""
-    hits, n = pooled(cells, keys.n, keys.hits)
-    return percent(hits, n).replace(",", ", ")
+def mean_text(cells: list[Cell], block: Block, has_interval: bool = True) -> str:
+    """The mean over cells in %, with its interval or without: "98.0 [95, 99]" or "98.0"."""
+    hits, n = pooled(cells, block.n, block.hits)
+    mean, low, high = percents(hits, n)
+    if has_interval:
+        return f"{mean} [{low}, {high}]"
+    return mean
 
 
-def floor_text(cells: list[Cell], keys: Keys) -> str:
+def floor_text(cells: list[Cell], block: Block) -> str:
     """The mean floor of cells in %: "20.0"."""
-    return f"{100 * share(cells, keys.n, keys.floor):.1f}"
+    return f"{100 * share(cells, block.n, block.floor):.1f}"
 
 
-def entry_text(seeds: list[list[Cell]], keys: Keys, n: int) -> str:
+def entry_text(seed_cells: list[list[Cell]], block: Block, n: int) -> str:
     """An entry of a column: "98.0 [95, 99] (97.0 98.0 98.0)", or "-" without a seed.
 
-    seeds  for each seed its cells of the tasks of the line
-    n      the samples of the line. An entry with another number says so and names its own floor."""
-    if not seeds:
+    seed_cells  for each seed its cells of the tasks of the line
+    n           the samples of the line. An entry with another number says so and names its own
+                floor"""
+    if not seed_cells:
         return "-"
-    median = median_seed(seeds, keys.n, keys.hits)
-    text = interval_text(median, keys)
-    if len(seeds) > 1:
-        shares = [f"{100 * share(cells, keys.n, keys.hits):.1f}" for cells in seeds]
+    median = median_seed(seed_cells, block.n, block.hits)
+    text = mean_text(median, block)
+    if len(seed_cells) > 1:
+        shares = [f"{100 * share(cells, block.n, block.hits):.1f}" for cells in seed_cells]
         text += f" ({' '.join(shares)})"
-    if n_samples(median, keys) != n:
-        text += f", n = {n_samples(median, keys)}, floor {floor_text(median, keys)}"
+    if n_samples(median, block) != n:
+        text += f", n = {n_samples(median, block)}, floor {floor_text(median, block)}"
     return text
 
 
@@ -225,7 +234,7 @@ def table_of_columns(
     """The table with the columns side by side and a line for each task and length.
 
     ValueError names a column, a task or a length that is not there."""
-    keys = keys_of(which)
+    block = BLOCKS[which]
     seeds_by_column = by_column(cells)
     columns = choose("--columns", columns, list(seeds_by_column))
     known_lengths = lengths_of(cells, lengths)
@@ -233,45 +242,34 @@ def table_of_columns(
     for group, members in groups_of(cells, tasks).items():
         name = group if len(members) == 1 else f"mean of {group}"
         for length_text, length in known_lengths.items():
-            entries = []
+            line = []  # for each column, the cells of each of its seeds
             for column_name in columns:
                 seeds = seeds_by_column[column_name]
-                entries.append(complete_seeds(seeds, members, length, keys.n))
-            filled = [seeds for seeds in entries if seeds]
+                line.append(complete_seeds(seeds, members, length, block.n))
+            filled = [seed_cells for seed_cells in line if seed_cells]
             if filled:
-                first_seed = filled[0][0]  # its samples are those that the line names
-                n = n_samples(first_seed, keys)
-                row = [name, length_text, str(n), floor_text(first_seed, keys)]
-                for seeds in entries:
-                    row.append(entry_text(seeds, keys, n))
+                first_cells = filled[0][0]  # the line names the samples of its first seed
+                n = n_samples(first_cells, block)
+                row = [name, length_text, str(n), floor_text(first_cells, block)]
+                for seed_cells in line:
+                    row.append(entry_text(seed_cells, block, n))
                 rows.append(row)
     return markdown(["task", "length", "n", "floor", *columns], rows)
 
 
-def seed_text(cells: list[Cell], keys: Keys, across: str) -> str:
-    """An entry of a seed's line. A single task among others that stand beside it has no interval,
-    as there is no room."""
-    if not cells:
-        return "-"
-    text = interval_text(cells, keys)
-    if across == "tasks" and len(cells) == 1:
-        return text.split(" ")[0]
-    return text
+def floor_row(lines: list[list[list[Cell]]], block: Block) -> list[str]:
+    """The last line of a section. It begins with "floor, n = least to greatest", the numbers of
+    samples of its cells. Each place shows the floor of the seed with the most samples there.
 
-
-def floor_row(lines: list[list[list[Cell]]], keys: Keys) -> list[str]:
-    """The floor below some lines: its name with the least and the greatest number of samples of a
-    task, then for each place the floor of the line that has most samples there.
-
-    lines  for each line and place the cells, which may be none"""
-    sizes = {cell[keys.n] for line in lines for cells in line for cell in cells}
+    lines  for each seed and place, its cells"""
+    sizes = {cell[block.n] for line in lines for cells in line for cell in cells}
     name = f"floor, n = {min(sizes)}"
     if len(sizes) > 1:
         name += f" to {max(sizes)}"
     row = [name]
     for cells_at_place in zip(*lines, strict=True):
-        largest = max(cells_at_place, key=lambda cells: n_samples(cells, keys))
-        row.append(floor_text(largest, keys) if largest else "-")
+        largest = max(cells_at_place, key=lambda cells: n_samples(cells, block))
+        row.append(floor_text(largest, block) if largest else "-")
     return row
 
 
@@ -285,38 +283,39 @@ def table_of_seeds(
 ) -> str:
     """The table with the tasks or the lengths side by side and a line for each column and seed.
 
-    With the tasks side by side there is a block of lines for each length, and only means have an
-    interval. With the lengths side by side there is a block for each task, and every entry has an
-    interval. ValueError names a column, a task or a length that is not there."""
-    keys = keys_of(which)
+    With the tasks side by side there is a section of lines for each length, and only means have an
+    interval, as there is no room for more. With the lengths side by side there is a section for
+    each task, and every entry has an interval.
+
+    ValueError names a column, a task or a length that is not there."""
+    block = BLOCKS[which]
     seeds_by_column = by_column(cells)
     columns = choose("--columns", columns, list(seeds_by_column))
     groups = groups_of(cells, tasks)
     known_lengths = lengths_of(cells, lengths)
-    if across == "tasks":
-        blocks, places = list(known_lengths), list(groups)
-        head = ["length", "column", *places]
-    else:
-        blocks, places = list(groups), list(known_lengths)
-        head = ["task", "column", *places]
+    by_tasks = across == "tasks"
+    sections = known_lengths if by_tasks else groups
+    places = groups if by_tasks else known_lengths
     rows = []
-    for block in blocks:
-        if across == "tasks":
-            spots = [(groups[place], known_lengths[block]) for place in places]
-        else:
-            spots = [(groups[block], known_lengths[place]) for place in places]
-        lines = []
+    for section in sections:
+        lines = []  # for each seed and place, its cells
         for column_name in columns:
             memory = column_name.split(" ")[-1]
             for model, seed in seeds_by_column[column_name].items():
-                line = [cells_of(seed, members, length, keys.n) for members, length in spots]
+                line = []
+                row = [section, f"{model} {memory}"]
+                for place in places:
+                    group, length_text = (place, section) if by_tasks else (section, place)
+                    own_cells = cells_of(seed, groups[group], known_lengths[length_text], block.n)
+                    line.append(own_cells)
+                    has_interval = not by_tasks or len(own_cells) > 1
+                    row.append(mean_text(own_cells, block, has_interval) if own_cells else "-")
                 if any(line):
                     lines.append(line)
-                    entries = [seed_text(found, keys, across) for found in line]
-                    rows.append([block, f"{model} {memory}", *entries])
+                    rows.append(row)
         if lines:
-            rows.append([block, *floor_row(lines, keys)])
-    return markdown(head, rows)
+            rows.append([section, *floor_row(lines, block)])
+    return markdown(["length" if by_tasks else "task", "column", *places], rows)
 
 
 def main(argv: list[str] | None = None) -> None:

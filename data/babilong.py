@@ -27,9 +27,10 @@ from data.document import Document, join, parse_length
 from data.tokenizer import Tokenizer, load
 
 VAL_SHARE = 10  # one story in ten is kept for validation
-COUNTS = ("own", "gpt2", "chars")  # what a length counts, see Builder
-CHARS = 4.4  # characters of a GPT-2 token in English
-LESS = 300  # GPT-2 tokens that a published context has less than its name says: "4k" has 3,700
+COUNTS = ("own", "gpt2", "chars")  # the units in which a length is counted, see Builder
+CHARS = 4.4  # a token of GPT-2 stands for about this many characters of English
+# A published context has this many GPT-2 tokens less than its name says: "4k" has 3,700.
+PUBLISHED_SHORTFALL = 300
 MIN_GPT2_TOKENS = 10  # the benchmark drops shorter sentences of background
 
 # Questions that are asked within the context, each with the number of facts before it.
@@ -58,17 +59,18 @@ def gpt2_encoding() -> tiktoken.Encoding:
 class Builder:
     """Makes the documents of one part, "train" or "val", from stories and background.
 
-    tokenizer  of the model that the documents are for
-    folder     of the .txt files of the background; None for Python's documentation
-    documents  what background.documents(folder) returns, if it has been called before
+    tokenizer  the tokenizer of the model that reads the documents
+    folder     the folder that holds the background as .txt files; None for Python's documentation
+    documents  what background.documents(folder) returned, if it was called before
     stories    a file or folder of original bAbI files: their _train files for "train", their _test
                files for "val". None for generated stories
-    count      what a length counts: "own" the model's tokens, "gpt2" those of GPT-2, "chars"
-               4.4 characters. With the last two a length of 4k has 3,700, as the published one
+    count      the unit of a length: "own" for a token of the model, "gpt2" for a token of GPT-2,
+               "chars" for 4.4 characters
 
-    ValueError if the background cannot be used, or if GPT-2's encoding is needed and missing.
+    *Size* is measured in the unit of `count`. With "chars" it may be a fraction. With "gpt2" and
+    "chars" a context of 4k has a size of 3,700, as in the published files.
 
-    The size of a text is what it counts: a whole number, or a fraction with "chars"."""
+    ValueError if the background cannot be used, or if GPT-2's encoding is needed and missing."""
 
     def __init__(
         self,
@@ -90,8 +92,8 @@ class Builder:
         if documents is None:
             documents = background.documents(folder)
         self.sentences = []  # the background, each sentence with a space before it
-        for passage in background.split(documents, part):
-            for sentence in passage:
+        for run in background.split(documents, part):
+            for sentence in run:
                 if self.gpt2 is None or self.is_long_enough(sentence):
                     self.sentences.append(" " + sentence)
         if not self.sentences:
@@ -102,15 +104,15 @@ class Builder:
 
         prose = []
         starts = [0]
-        sizes = []
+        size_before = [0]
         for sentence in self.sentences:
             ids = tokenizer.encode(sentence)
             prose.extend(ids)
             starts.append(len(prose))
-            sizes.append(self.size(sentence, ids))
+            size_before.append(size_before[-1] + self.size(sentence, ids))
         self.prose = np.array(prose, dtype=np.int64)  # the ids of all sentences, one after another
         self.starts = starts  # where each sentence starts in `prose`, and where the last one stops
-        self.sizes = np.cumsum([0, *sizes])  # the same in sizes: sizes[i] is that of i sentences
+        self.size_before = size_before  # size_before[i] is the size of the first i sentences
         n_characters = sum(len(sentence) for sentence in self.sentences)
         self.chars_per_token = n_characters / len(self.prose)
 
@@ -119,7 +121,7 @@ class Builder:
         return len(self.gpt2.encode_ordinary(sentence.strip())) >= MIN_GPT2_TOKENS
 
     def size(self, text: str, ids: Sequence[int]) -> float:
-        """The size of a text with these ids in the model's own tokens."""
+        """The size of a text, whose ids in the model's own tokens are `ids`."""
         if self.count == "own":
             return len(ids)
         if self.count == "gpt2":
@@ -145,16 +147,19 @@ class Builder:
         task: str,
         n_facts: int | None,
         rng: random.Random,
-        asides: int = 0,
+        n_asides: int = 0,
         tasks: Sequence[str] = (),
     ) -> tuple[list[str], list[babi.Question], Asides]:
-        """The facts of a story of this part, the questions behind them, and those on the way.
+        """The facts of a story of this part, the questions behind them, and the asides.
 
-        n_facts  None for a story with one question, as bAbI asks it. Otherwise the number of facts,
-                 and everything is asked that they can answer. There are more facts where n_facts
-                 are too few for any question
-        asides   the most points before the last fact at which questions are asked as well
-        tasks    other tasks that may ask about the story, too"""
+        n_facts   In generated stories None stands for a story with one question, as bAbI asks it.
+                  A number is the number of facts, and everything is asked that they can answer.
+                  If that is nothing, the story has more facts.
+                  In stories that are read None stands for any number of facts. A number is the
+                  most facts, see `story_read`. In both cases one question is asked.
+        n_asides  the most points before the last fact at which questions are asked as well. In
+                  stories that are read there are none
+        tasks     other tasks that may ask about a generated story, too"""
         if self.stories is not None:
             facts, question = self.story_read(task, n_facts, rng)
             return facts, [question], []
@@ -174,7 +179,7 @@ class Builder:
 
         points = set()  # numbers of facts after which questions are asked on the way
         if len(events) > 2:
-            for _ in range(asides):
+            for _ in range(n_asides):
                 points.add(1 + int(rng.random() * (len(events) - 1)))
         candidates = []  # what can be asked at each of the points
         for point in sorted(points):
@@ -185,20 +190,21 @@ class Builder:
             own = rules.everything(beginning, rng)
             possible = babi.with_others(task, beginning, own, tasks, rng)
             candidates.append((point, possible))
-        early = []
+        # These are two loops, so that the draws keep their order.
+        asides = []
         for point, possible in candidates:
             n_asked = 1 + int(rng.random() * len(possible))
             for question in possible[:n_asked]:
-                early.append((point, question))
-        return texts, questions, early
+                asides.append((point, question))
+        return texts, questions, asides
 
     def story_read(
         self, task: str, n_facts: int | None, rng: random.Random
     ) -> tuple[list[str], babi.Question]:
         """The facts before a random question of the original files, and that question.
 
-        n_facts  most facts, None for any number. If every question has more facts before it, one
-                 of those with the fewest is taken"""
+        n_facts  the most facts, None for any number. If every question has more facts before it,
+                 one of those with the fewest is taken"""
         if task not in self.questions_read:
             self.questions_read[task] = self.read_questions(task)
         candidates = self.questions_read[task]
@@ -228,23 +234,22 @@ class Builder:
         The last sentence is cut where it is too long. Behind the last sentence of the text comes
         its first one again."""
         n_sentences = len(self.sentences)
-        first = int(rng.random() * n_sentences)
+        # The start is drawn even if there is no background, so that later draws stay the same.
+        i = int(rng.random() * n_sentences)
         if length <= 0:
             return []
-        # Behind the text's end, sentences and sizes are counted on.
-        size_of_text = self.sizes[-1]
-        stop = self.sizes[first] + length
-        rounds, stop_in_round = divmod(stop, size_of_text)
-        last_in_round = int(np.searchsorted(self.sizes, stop_in_round)) - 1
-        last = int(rounds) * n_sentences + last_in_round
+        stop = self.size_before[i] + length
+        size_of_text = self.size_before[-1]
         pieces = []
-        for i in range(first, last + 1):
-            at = i % n_sentences
-            pieces.append(self.prose[self.starts[at] : self.starts[at + 1]])
-        behind_last = last + 1
-        end = behind_last // n_sentences * size_of_text + self.sizes[behind_last % n_sentences]
-        if end > stop:
-            pieces[-1] = self.cut(last % n_sentences, end - stop)
+        while self.size_before[i] < stop:
+            pieces.append(self.prose[self.starts[i] : self.starts[i + 1]])
+            i += 1
+            if i == n_sentences and stop > size_of_text:
+                i = 0  # the next round through the text
+                stop -= size_of_text
+        surplus = self.size_before[i] - stop
+        if surplus > 0:
+            pieces[-1] = self.cut(i - 1, surplus)
         return pieces
 
     def cut(self, i: int, surplus: float) -> np.ndarray:
@@ -270,19 +275,19 @@ class Builder:
         """A document of facts with background around them.
 
         texts      the facts
-        questions  what is asked behind the context
-        length     the size of the context. The facts stand alone if it is not above their size
-        asides     what is asked within the context: somewhere behind the last fact that the
-                   question knows of, and before the next fact"""
+        questions  the questions behind the context
+        length     the size of the context. If the facts fill it, there is no background
+        asides     the questions within the context, each with the number of facts before it; it is
+                   asked at a random place before the next fact"""
         facts = [self.encode(text) for text in texts]
         size_of_facts = sum(size for _, size in facts)
         prose = self.background(length - size_of_facts, rng)
-        # A gap is the number of background sentences before what is put in there.
+        # A gap is a place in the background. Its number is that of the sentences before it.
         gaps = sorted(int(rng.random() * (len(prose) + 1)) for _ in facts)
         inserts = []  # (gap, order within the gap, what is put in)
         for i, (ids, _) in enumerate(facts):
             inserts.append((gaps[i], i, ids))
-        gaps.append(len(prose))
+        gaps.append(len(prose))  # after the last fact: the end of the prose
         for n_before, question in asides:
             low = gaps[n_before - 1]
             high = gaps[n_before]
@@ -305,8 +310,9 @@ class Builder:
     def sample(self, task: str, length: int, rng: random.Random, tries: int = 1000) -> Document:
         """A document with one question at its end, as the benchmark asks it.
 
-        length  of the context, as its name counts it; 0 for the facts alone
-        tries   stories to draw until the facts of one fit into the length
+        length  the length that the sample is named after, such as 4000 for "4k"; 0 for the facts
+                alone
+        tries   how many stories are drawn to find one whose facts fit into the length
 
         ValueError for a task that does not exist, and if no story fits."""
         if task not in babi.TASKS:
@@ -316,7 +322,7 @@ class Builder:
         elif self.count == "own":
             size = length
         else:
-            size = length - LESS
+            size = length - PUBLISHED_SHORTFALL
         for _ in range(tries):
             texts, questions, _ = self.story(task, None, rng)
             if length == 0 or sum(self.encode(text)[1] for text in texts) <= size:

@@ -18,11 +18,11 @@ from pathlib import Path
 
 from data.common import Parser, one_line
 
-# BABILong drops sentences under 10 GPT-2 tokens, which are about 8 words. So a short sentence is a
-# fact.
+# BABILong drops sentences under 10 GPT-2 tokens, which are about 8 words. Shorter ones are dropped
+# here, too, so that, as in the benchmark, every short sentence of a document is a fact.
 MIN_WORDS = 8
 PASSAGE = 32  # sentences that go to train or to val together
-VAL_PERCENT = 10  # of the passages
+VAL_PERCENT = 10  # the percentage of the passages that go to val
 # Parts of Python's library that are not read. Tests and tables hold no prose, installed packages
 # differ between machines, and the topics of pydoc_data are read in another way.
 SKIP = {
@@ -80,18 +80,23 @@ def is_clean(sentence: str) -> bool:
     return n_shouted <= len(words) // 4
 
 
-def sentences(text: str, markup: bool = False) -> Iterator[str]:
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text without line breaks."""
+    return BOUNDARY.sub(r"\1\n", text).split("\n")
+
+
+def sentences(text: str, is_documentation: bool = False) -> Iterator[str]:
     """The clean sentences of a text whose paragraphs have blank lines between them.
 
-    markup  the text is documentation: its lists and code are taken out of the paragraphs first"""
+    is_documentation  whether lists and code are taken out of the paragraphs first"""
     text = text.translate(PLAIN)
-    if markup:
+    if is_documentation:
         text = BULLET.sub(lambda bullet: "\n" + " " * len(bullet[0]), text)
         text = INDENT_CHANGES.sub(r"\1\2\n\n", text)
     for paragraph in re.split(r"\n\s*\n", text):
         line = " ".join(paragraph.split())
         line = MARKUP.sub("", line)
-        for sentence in BOUNDARY.sub(r"\1\n", line).split("\n"):
+        for sentence in split_sentences(line):
             if is_clean(sentence):
                 yield sentence
 
@@ -116,7 +121,7 @@ def shipped_texts() -> Iterator[str]:
     for file in library_files():
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of a stray backslash in a module
+                warnings.simplefilter("ignore")  # some modules have a stray backslash
                 module = ast.parse(file.read_bytes())
             yield "\n\n".join(docstrings(module))
         except (OSError, SyntaxError, ValueError, RecursionError):
@@ -200,7 +205,7 @@ def shipped_documents() -> list[list[str]]:
     seen = set()
     for text in shipped_texts():
         document = []
-        for sentence in sentences(text, markup=True):
+        for sentence in sentences(text, is_documentation=True):
             if sentence not in seen:
                 seen.add(sentence)
                 document.append(sentence)
@@ -210,31 +215,33 @@ def shipped_documents() -> list[list[str]]:
 
 
 def split(documents: list[list[str]], part: str) -> list[list[str]]:
-    """The passages of a part, "train" or "val", in natural order. ValueError for another part.
+    """The runs of sentences of a part, "train" or "val", in natural order. ValueError for another
+    part.
 
     Each document is divided into passages of PASSAGE sentences. A hash of a passage's own text
-    decides its part, so that more documents move no passage to the other part. Neighbours of the
-    same part are then merged. Sentences that also occur in val are left out of train."""
+    decides its part, so that more documents move no passage to the other part. Neighbouring
+    passages of the same part make one run. Sentences that also occur in val are left out of
+    train."""
     if part not in ("train", "val"):
         raise ValueError(f'part is {part!r}: say "train" or "val"')
-    passages: dict[str, list[list[str]]] = {"train": [], "val": []}
+    runs: dict[str, list[list[str]]] = {"train": [], "val": []}
     for document in documents:
-        last_side = None
+        last_part = None
         for start in range(0, len(document), PASSAGE):
             passage = document[start : start + PASSAGE]
-            side = passage_part(passage)
-            if side != last_side:
-                passages[side].append([])
-            passages[side][-1].extend(passage)
-            last_side = side
+            own_part = passage_part(passage)
+            if own_part != last_part:
+                runs[own_part].append([])  # a new run begins
+            runs[own_part][-1].extend(passage)
+            last_part = own_part
     if part == "val":
-        return passages["val"]
+        return runs["val"]
     held_out = set()
-    for passage in passages["val"]:
-        held_out.update(passage)
+    for run in runs["val"]:
+        held_out.update(run)
     kept = []
-    for passage in passages["train"]:
-        rest = [sentence for sentence in passage if sentence not in held_out]
+    for run in runs["train"]:
+        rest = [sentence for sentence in run if sentence not in held_out]
         if rest:
             kept.append(rest)
     return kept
@@ -248,16 +255,16 @@ def passage_part(passage: list[str]) -> str:
     return "train"
 
 
-def counts_line(name: str, passages: list[list[str]], unit: str) -> str:
-    """A line with the numbers of sentences, of characters, and of passages, which `unit` names."""
-    n_sentences = sum(len(passage) for passage in passages)
+def counts_line(name: str, groups: list[list[str]], unit: str) -> str:
+    """A line with the numbers of sentences, of characters and of groups, which `unit` names."""
+    n_sentences = sum(len(group) for group in groups)
     n_characters = 0
-    for passage in passages:
-        for sentence in passage:
+    for group in groups:
+        for sentence in group:
             n_characters += len(sentence) + 1  # with the space before it
     return (
         f"{name:5s} {n_sentences:7,d} sentences {n_characters:10,d} characters "
-        f"in {len(passages):,d} {unit}"
+        f"in {len(groups):,d} {unit}"
     )
 
 
@@ -273,8 +280,8 @@ def main(argv: list[str] | None = None) -> None:
     with one_line(parser.prog):
         found = documents(args.background)
         print(counts_line("all", found, "documents"))
-        print(counts_line("train", split(found, "train"), "passages"))
-        print(counts_line("val", split(found, "val"), "passages"))
+        print(counts_line("train", split(found, "train"), "runs of sentences"))
+        print(counts_line("val", split(found, "val"), "runs of sentences"))
         every = []
         for document in found:
             every.extend(document)

@@ -1,9 +1,11 @@
-"""What all command lines here share: flags made from a dataclass, mistakes that end in one line and
-exit code 2, interrupts that wait, files that are replaced as a whole.
+"""What all command lines here share.
 
     from data.common import Parser, one_line
 
-Writes nothing but the line on standard error.
+Flags: `Parser` and `flag` make them from a dataclass. Ends: `one_line` ends a user's mistake with
+one line and exit code 2, `interrupts_kept` lets a run end in order. Files: `replacing` writes them
+as a whole, `lock` keeps other processes away, `JsonLines` and `save_json` write JSON. The machine:
+`pick_device`, `peak_memory` and `keep_freed_memory`. Writes only what it is called for.
 """
 
 import argparse
@@ -25,7 +27,7 @@ import torch
 try:
     import fcntl
 except ImportError:
-    fcntl = None  # Windows: two runs in one folder are not told apart there
+    fcntl = None  # Windows: there a second run in the same folder is not noticed
 
 
 def flag(default: Any, help: str) -> Any:
@@ -91,7 +93,8 @@ def help_text(text: str, default: Any) -> str:
     return text.replace("%", "%%")
 
 
-OUT_OF_MEMORY = ("not enough memory", "out of memory", "can't allocate memory")  # as torch says it
+# What torch's errors say when memory is lacking.
+OUT_OF_MEMORY = ("not enough memory", "out of memory", "can't allocate memory")
 
 
 @contextlib.contextmanager
@@ -99,7 +102,8 @@ def one_line(prog: str, is_silent: bool = False) -> Iterator[None]:
     """Within it a user's mistake (a ValueError, a file that cannot be used) ends the program with
     one line on standard error and exit code 2. So does a lack of memory.
 
-    is_silent  without the line and with exit code 1, as another process prints it"""
+    is_silent  whether the exit code is 1 and no line is printed, because another process prints
+               it"""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # "?" for a sign that the console lacks
@@ -115,7 +119,7 @@ def one_line(prog: str, is_silent: bool = False) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not any(
             words in str(error) for words in OUT_OF_MEMORY
         ):
-            raise  # a fault of ours
+            raise  # this is an error in the program, not a user's mistake
         if is_silent:
             raise SystemExit(1) from None
         if isinstance(error, (MemoryError, RuntimeError)):
@@ -134,14 +138,14 @@ def interrupts_kept(times: list[float]) -> Iterator[None]:
     A second one raises KeyboardInterrupt at once.
 
     A terminal sends Ctrl-C to a launcher such as torchrun, too, which passes it on. So a signal
-    within two seconds of the first one is taken for the same."""
+    within two seconds of the first one counts as the same one."""
 
     def note(*_):
         now = time.monotonic()
-        if times and now - times[0] > 2:
-            raise KeyboardInterrupt
         if not times:
             times.append(now)
+        elif now - times[0] > 2:
+            raise KeyboardInterrupt
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -175,17 +179,17 @@ def lock(file: IO, message: str) -> None:
         file.close()
         raise ValueError(message) from None
     except OSError:
-        pass  # the file system has no locks, as some network mounts
+        pass  # some file systems have no locks, such as some network mounts
 
 
 class JsonLines:
     """A file of JSON, one line for each call of `write`, which one process writes at a time.
 
-    ValueError while another process writes it, and for lines that are not of a run."""
+    ValueError while another process writes it, and if a line of an older file is not valid."""
 
     def __init__(self, path: Path, step: int | None):
-        """step  of an older file the lines up to this step are kept: a run that was killed has
-        logged steps that are taken again. None: begin anew"""
+        """step  keep the lines of an older file up to this step. Later ones are dropped, as the
+        resumed run takes these steps again. None drops all"""
         self.file = open(path, "a+b")  # noqa: SIM115
         lock(self.file, f"another run writes {path}: give another --out_dir, or end that one")
         n_kept = 0  # bytes
@@ -223,14 +227,15 @@ def save_json(value: Any, path: str | Path) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a flag; "auto" takes CUDA if there is one. ValueError if it is not here."""
+    """The device of a flag; "auto" takes CUDA if there is one. ValueError if this machine does not
+    have the device."""
     if name.startswith("mps"):
         raise ValueError(f"--device {name} was never tried with this code: give cpu")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, dtype=torch.float64, device=device).item()  # fails where it is not
+        torch.zeros(1, dtype=torch.float64, device=device).item()  # fails without the device
         if device.type == "cuda" and device.index:
             torch.cuda.set_device(device)  # graphs are recorded on the current one
         return device
@@ -260,8 +265,8 @@ M_TRIM_THRESHOLD = -1
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees. To give it back and take it again costs 10 to 25 % of a
-    training step on a CPU."""
+    """Let glibc keep the memory that a step frees. Returning it to the system and asking for it
+    again costs 10 to 25 % of a training step on a CPU."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_MAX, 0)

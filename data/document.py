@@ -3,7 +3,7 @@
     from data.document import Document, from_text, parse_length
     document = from_text(tokenizer, "Mary went home. It rained.", "Where is Mary?", "home")
 
-data/babilong.py builds documents, training cuts its batches out of them, and the evaluation asks
+data/babilong.py builds documents, training joins them to batches, and the evaluation asks
 their questions. This module also reads and writes lengths such as "4k". Writes nothing.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from data import bm25
 from data.babi import Question
-from data.background import BOUNDARY
+from data.background import split_sentences
 from data.tokenizer import Tokenizer
 
 
@@ -102,8 +102,8 @@ class Document(NamedTuple):
     def outside(self, segment_len: int) -> bool | None:
         """Whether all facts that the first question needs end before the segment of its answer.
 
-        The answer begins at the prompt's last token, so that token's segment counts. None if it is
-        not known which facts the question needs."""
+        The answer is predicted from the prompt's last token, so that token's segment counts. None
+        if it is not known which facts the question needs."""
         support = self.questions[0].support
         if not support:
             return None
@@ -175,6 +175,6 @@ def from_text(tokenizer: Tokenizer, text: str, question: str, answer: str) -> Do
         return tokenizer.encode(" " + sentence)
 
     words = " ".join(text.split())
-    sentences = [encode(s) for s in BOUNDARY.sub(r"\1\n", words).split("\n") if s]
+    sentences = [encode(sentence) for sentence in split_sentences(words) if sentence]
     asked = Question(question.strip(), answer.strip(), ())
     return join(sentences, [], [], [asked], encode, tokenizer.eot)

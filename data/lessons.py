@@ -90,7 +90,8 @@ def parse_stages(
 ) -> list[Stage]:
     """The stages of a run on these tasks. ValueError if one does not fit the tasks or the model.
 
-    whole  every document is one segment, so that the longest must fit into the model's"""
+    whole  the run reads each document as one segment, which then must fit into the model's
+           segment_len"""
     if not texts:
         raise ValueError("--stages is empty: give one stage or more, such as 2:0 4:2:32")
     stages = []
@@ -123,15 +124,16 @@ class Curriculum:
         stages: list[Stage],
         leave_at: float,  # share of right answers that ends a stage with prose
         leave_plain_at: float,  # share of right answers that ends a stage without prose
-        window: int,  # latest steps on the longest documents, over which the share is taken
+        window: int,  # the share is taken over this many latest steps on the longest documents
         max_steps: int,  # steps after which a stage ends in any case
     ):
         self.stages = stages
         self.leave_at = leave_at
         self.leave_plain_at = leave_plain_at
         self.max_steps = max_steps
-        self.number = 0  # of the current stage
-        self.steps = 0  # taken in the current stage
+        self.number = 0  # the number of the current stage
+        # The training loop adds to both of these.
+        self.steps = 0  # the steps that were taken in the current stage
         self.recent: deque[float] = deque(maxlen=window)  # accuracies on the longest documents
 
     @property
@@ -174,16 +176,17 @@ class Curriculum:
 
 
 @functools.lru_cache
-def usual_facts(task: str, share: float) -> int:
-    """A quantile of the number of facts before one of bAbI's own questions: so many facts are
-    enough for this share of the questions."""
+def usual_facts(task: str, quantile: float) -> int:
+    """The number of facts that is enough for a share of bAbI's own questions of a task.
+
+    quantile  this share, from 0 to 1"""
     rng = random.Random(0)
     counts = []
     for _ in range(500):
         story = babi.TASKS[task].story(rng)
         counts.extend(n_facts for n_facts, _ in story.questions)
     counts.sort()
-    return counts[min(len(counts) - 1, int(len(counts) * share))]
+    return counts[min(len(counts) - 1, int(len(counts) * quantile))]
 
 
 def lesson(
@@ -193,7 +196,7 @@ def lesson(
     room: tuple[int, int],
     rng: random.Random,
     max_questions: int = 8,
-    asides: int = 0,
+    n_asides: int = 0,
     share: float | None = None,
     usual: float = 0.9,
 ) -> Document:
@@ -202,27 +205,28 @@ def lesson(
     The evaluation asks one question. A lesson asks everything that any of the tasks could ask,
     since this costs little and teaches more.
 
-    tasks          of which the story is one, drawn at random; all of them may ask about it
-    n_facts        most facts of the story
-    room           least and most tokens of the document; (0, 0) for the facts without prose. If
-                   the facts fill the room, there is no prose either.
-    max_questions  most questions at the end of the document
-    asides         most points before the end at which questions are asked as well
-    share          at least 0 and below 1, spread evenly over 2 facts to the most; None for the
-                   most
-    usual          no story is longer than this share of its task's own questions needs"""
+    tasks          the bAbI tasks. One of them is drawn and makes the story; all of them may ask
+                   about it
+    n_facts        the most facts of the story
+    room           the least and the most tokens of the document; (0, 0) for the facts without
+                   prose. If the facts fill the room, there is no prose either
+    max_questions  the most questions at the end of the document
+    n_asides       the most points before the end at which questions are asked as well
+    share          how long the story is: 0 is two facts, just below 1 is n_facts; None is n_facts
+    usual          a quantile such as 0.9: a story has at most as many facts as are enough for this
+                   share of bAbI's own questions of its task"""
     task = tasks[int(rng.random() * len(tasks))]
     n_facts = min(n_facts, max(2, usual_facts(task, usual)))
     if share is not None:
         n_facts = 2 + int(share * (n_facts - 1))
-    texts, questions, early = builder.story(task, n_facts, rng, asides, tasks)
+    texts, questions, asides = builder.story(task, n_facts, rng, n_asides, tasks)
     questions = questions[:max_questions]
 
     n_fact_tokens = 0
     for text in texts:
         n_fact_tokens += len(builder.ids(text))
     n_question_tokens = 0
-    for question in [*questions, *(question for _, question in early)]:
+    for question in [*questions, *[question for _, question in asides]]:
         asked = len(builder.ids(question.text))
         answered = len(builder.ids(question.answer))
         n_question_tokens += asked + answered + 1  # 1 for the end of text
@@ -232,7 +236,7 @@ def lesson(
     length = 0  # tokens of facts and prose; 0: no prose
     if most > n_fact_tokens:
         length = least + int(rng.random() * (most - least + 1))
-    return builder.assemble(texts, questions, length, rng, early)
+    return builder.assemble(texts, questions, length, rng, asides)
 
 
 class Batch(NamedTuple):
@@ -250,17 +254,18 @@ class Batch(NamedTuple):
         return Batch(*tensors, self.is_longest)
 
     def padded(self, width: int, multiple: int) -> "Batch":
-        """The batch with `width` columns and with a multiple of so many answer tokens, so that
-        fewer shapes occur. An added position has the target -1, which counts for nothing."""
+        """The batch with `width` columns, and with its answer positions padded to a multiple of
+        `multiple`, so that fewer shapes occur. An added position has the target -1, which the loss
+        ignores."""
         T = self.idx.shape[1]
         row = self.at // T
         at = self.at + row * (width - T)  # the rows above have become longer
-        more = (0, -len(at) % multiple)
+        padding = (0, -len(at) % multiple)
         return Batch(
             F.pad(self.idx, (0, width - T)),
-            F.pad(at, more),
-            F.pad(self.targets, more, value=-1),
-            F.pad(self.is_word, more),
+            F.pad(at, padding),
+            F.pad(self.targets, padding, value=-1),
+            F.pad(self.is_word, padding),
             self.is_longest,
         )
 
@@ -277,9 +282,11 @@ class Lessons:
     batch_size: int  # most documents in a batch
     batch_tokens: int  # most tokens in a batch, so that long documents come in smaller batches
     plain: float  # share of batches without prose in a stage that has prose
-    asides: int  # most points before a document's end at which questions are asked
+    n_asides: int  # most points before a document's end at which questions are asked
     seed: int
-    accumulate: int = 1  # batches of a step: they have equally many segments, so that none waits
+    # The batches that make one step, over all processes. All of them have the same number of
+    # segments, so that no process waits for another.
+    accumulate: int = 1
     usual: float = 0.9  # see `lesson`
 
     def __getitem__(self, key: Key) -> tuple[Key, Batch]:
@@ -293,8 +300,8 @@ class Lessons:
     def draw_n_segments(self, stage: Stage, number: int) -> int:
         """How many segments the documents of a batch have; 0 for facts without prose.
 
-        Half of the steps have the stage's longest documents. The others have fewer segments, and
-        few more often than many, so that short documents are not forgotten."""
+        A share `plain` of the steps has no prose. Half of the rest has the longest documents. The
+        other half draws a length, short ones more often, so that these are not forgotten."""
         rng = random.Random(f"{self.seed} step {number // self.accumulate}")
         if stage.segments == 0 or rng.random() < self.plain:
             return 0
@@ -311,13 +318,13 @@ class Lessons:
         if n_segments:
             size = max(1, min(size, self.batch_tokens // (S * n_segments)))
             room = ((n_segments - 1) * S + 1, n_segments * S)
-        share_with_asides = self.share_with_asides(stage)
+        odds_of_asides = self.odds_of_asides(stage)
         documents = []
         for _ in range(size):
             share = None if rng.random() < 0.5 else rng.random()
-            asides = 0
-            if share_with_asides and rng.random() < share_with_asides:
-                asides = 1 + int(rng.random() * self.asides)
+            n_asides = 0
+            if odds_of_asides and rng.random() < odds_of_asides:
+                n_asides = 1 + int(rng.random() * self.n_asides)
             documents.append(
                 lesson(
                     self.builder,
@@ -325,19 +332,19 @@ class Lessons:
                     stage.facts,
                     room,
                     rng,
-                    asides=asides,
+                    n_asides=n_asides,
                     share=share,
                     usual=self.usual,
                 )
             )
         return documents
 
-    def share_with_asides(self, stage: Stage) -> float:
-        """The share of a stage's documents that ask questions before their end, too.
+    def odds_of_asides(self, stage: Stage) -> float:
+        """The probability that a document of a stage asks questions before its end, too.
 
         It is higher where documents have many facts. There most of the cost is in reading, so that
         more questions come almost for free."""
-        if self.asides == 0:
+        if self.n_asides == 0:
             return 0.0
         if stage.facts > 10:
             return 0.8
@@ -350,14 +357,15 @@ class Lessons:
         width = max(len(document.ids) for document in documents)
         if n_segments or width > segment_len:
             width = (width + segment_len - 1) // segment_len * segment_len
-        # The facts of a story may need more segments than the stage has.
+        # A story that needs more segments than planned makes the batch wider. Documents are
+        # dropped so that it stays within batch_tokens.
         documents = documents[: max(1, self.batch_tokens // width)]
         idx = np.zeros((len(documents), width), np.int64)
         targets = np.full((len(documents), width), -1, np.int64)
         for row, document in enumerate(documents):
             idx[row, : len(document.ids)] = document.ids
             for start, stop in document.answers:
-                # The token before is asked for the one at `start`, and so on.
+                # Position t predicts token t + 1, so the targets are shifted by one.
                 targets[row, start - 1 : stop - 1] = document.ids[start:stop]
         at = np.flatnonzero(targets != -1)
         answers = targets.flat[at]
@@ -367,12 +375,12 @@ class Lessons:
 
 
 def leave_interrupts_alone(_: int) -> None:
-    """In a worker: Ctrl-C is for the first process, which saves and then ends the others."""
+    """Make a worker ignore Ctrl-C. The first process saves at Ctrl-C and then ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def unchanged(item: tuple[Key, Batch]) -> tuple[Key, Batch]:
-    """In place of the DataLoader's own conversion, which makes lists of tuples."""
+    """The same item. The DataLoader's own conversion would make lists of its tuples."""
     return item
 
 
@@ -386,10 +394,10 @@ class Batches:
         self,
         lessons: Lessons,
         stage: Stage,
-        number: int = 0,  # of the first batch
+        number: int = 0,  # the number of the first batch
         stride: int = 1,  # this process takes `number`, `number + stride` and so on
         workers: int = 0,  # processes that make batches ahead; 0: they are made when asked for
-        pin: bool = False,  # into memory that a GPU can copy from while it computes
+        pin: bool = False,  # whether batches lie in memory that a GPU copies from as it computes
     ):
         self.stage = stage
         self.next_to_take = number
@@ -451,10 +459,14 @@ def marked(document: Document, tokenizer) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m data.lessons", __doc__.split("\n")[0])
     add = parser.add_argument
-    add("--stage", default="4:2:64", help="facts:segments[:tokens][@task,task] (default 4:2:64)")
-    add("--tasks", nargs="+", default=["qa1"], help="bAbI tasks of the run (default qa1)")
-    add("--number", type=int, default=0, help="number of the batch (default 0)")
-    add("--seed", type=int, default=0, help="seed of the run (default 0)")
+    add(
+        "--stage",
+        default="4:2:64",
+        help="The stage: facts:segments[:tokens][@task,task] (default 4:2:64).",
+    )
+    add("--tasks", nargs="+", default=["qa1"], help="The bAbI tasks of the run (default qa1).")
+    add("--number", type=int, default=0, help="The number of the batch (default 0).")
+    add("--seed", type=int, default=0, help="The seed of the run (default 0).")
     args = parser.parse_args(argv)
     with one_line("python -m data.lessons"):
         for task in args.tasks:
@@ -468,7 +480,7 @@ def main(argv: list[str] | None = None) -> None:
             batch_size=16,
             batch_tokens=4096,
             plain=0.1,
-            asides=3,
+            n_asides=3,
             seed=args.seed,
             accumulate=2,
         )

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python t
 
 import lm2  # noqa: E402
 import train  # noqa: E402
-from babilong_eval import cells, load, wilson  # noqa: E402
+from babilong_eval import load, to_cells, wilson  # noqa: E402
 from data.common import Parser, keep_freed_memory, one_line  # noqa: E402
 from data.document import length_name, parse_length  # noqa: E402
 from data.lessons import parse_stage  # noqa: E402
@@ -262,7 +262,7 @@ def measure(name: str, seed: int, lengths: list[str], n: int, flags: str) -> dic
         model, content = lm2.load_checkpoint(Path(folder, "ckpt.pt"))
     exact = {}
     floor = {}
-    for cell in cells(predictions):
+    for cell in to_cells(predictions):
         if cell["memory"] == "on":
             length = length_name(cell["length"])
             exact[length] = cell["exact"]

@@ -181,13 +181,18 @@ def test_what_a_table_cannot_show_ends_in_one_line(tmp_path, capsys, argv, said)
         dict(floor=None),
         dict(outside_exact=1),
         dict(outside_n=201),
-        dict(length=0, memory="on"),  # the first cell once more
     ],
 )
 def test_a_broken_cell_is_refused_by_its_number(tmp_path, change):
     cells = [SEEDS[0], SEEDS[0] | dict(memory="off") | change]
     path = write_figures(tmp_path / "figures.json", cells)
-    with pytest.raises(ValueError, match="holds no figures, cell 2 is broken or occurs twice"):
+    with pytest.raises(ValueError, match="holds no figures, cell 2 is broken"):
+        tables.load_figures(str(path))
+
+
+def test_a_cell_that_occurs_twice_is_refused_by_its_number(tmp_path):
+    path = write_figures(tmp_path / "figures.json", [SEEDS[0], SEEDS[1], SEEDS[0]])
+    with pytest.raises(ValueError, match="holds no figures, cell 3 occurs twice"):
         tables.load_figures(str(path))
 
 

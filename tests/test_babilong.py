@@ -370,7 +370,7 @@ def test_a_question_on_the_way_is_answered_from_the_facts_before_it(tok, train_s
     n_early = 0
     n_with_prose = 0
     for _ in range(60):
-        doc = lesson(train_set, ["qa1"], 6, room, rng, asides=3)
+        doc = lesson(train_set, ["qa1"], 6, room, rng, n_asides=3)
         assert len(doc.ids) <= room[1] or room == (0, 0)
         for (start, stop), question in zip(doc.answers, doc.questions, strict=True):
             before = tok.decode(doc.ids[:start])
@@ -404,11 +404,11 @@ def test_a_point_on_the_way_is_asked_once_and_never_after_a_beginning_of_validat
     n_points = 0
     parts = Counter()
     for _ in range(400):
-        texts, _, early = train_set.story("qa1", 4, rng, asides=3, tasks=["qa1"])
-        for point in {n for n, _ in early}:
+        texts, _, asides = train_set.story("qa1", 4, rng, n_asides=3, tasks=["qa1"])
+        for point in {n for n, _ in asides}:
             assert point < len(texts)
             assert story_part(texts[:point]) == "train"
-            asked = [question.text for n, question in early if n == point]
+            asked = [question.text for n, question in asides if n == point]
             assert len(asked) == len(set(asked))
             n_points += 1
         parts.update(story_part(texts[:n]) for n in range(1, len(texts)))
@@ -418,7 +418,7 @@ def test_a_point_on_the_way_is_asked_once_and_never_after_a_beginning_of_validat
 
 def test_puzzles_are_asked_at_their_end_alone(train_set):
     for task in ("qa15", "qa17"):
-        doc = lesson(train_set, [task], 6, (0, 0), random.Random(0), asides=3)
+        doc = lesson(train_set, [task], 6, (0, 0), random.Random(0), n_asides=3)
         assert all(start >= doc.facts[-1][1] for start, _ in doc.answers)
 
 
@@ -578,8 +578,8 @@ def test_the_questions_of_the_file_of_a_part_come_equally_often(tok, folder, sto
     rng = random.Random(0)
     counts = Counter()
     for _ in range(1200):
-        texts, (question,), early = builder.story(task, None, rng, asides=3)
-        assert early == []
+        texts, (question,), asides = builder.story(task, None, rng, n_asides=3)
+        assert asides == []
         counts[tuple(texts), question] += 1
     assert asked_in(made[task, part]) == set(counts)
     assert len(counts) == 30

@@ -21,9 +21,9 @@ import torch
 import babilong_eval
 from babilong_eval import (
     LABELS,
+    Predictions,
     ask,
     batches,
-    cells,
     compare,
     evaluate,
     exact_match,
@@ -36,10 +36,12 @@ from babilong_eval import (
     report_cost,
     save,
     table,
+    to_cells,
     wilson,
 )
 from data import babi
 from data.babilong import Builder, generated
+from data.common import fcntl
 from data.document import from_text
 from data.published import published_table
 from data.tokenizer import Tokenizer
@@ -218,7 +220,7 @@ def test_a_table_shows_samples_floor_and_every_column_with_its_interval():
         prediction("on", "office", "garden", outside=True),
     ]
     rag = [row | dict(memory="rag", output="garden", found=row is not on[0]) for row in on]
-    text = table(cells(on + rag))
+    text = table(to_cells(on + rag))
     place = ("qa1", "4k")
     assert lines_of(text, EXACT) == {place: ["4", "50.0", "50.0[15,85]", "25.0[5,70]"]}
     assert lines_of(text, OUTSIDE) == {place: ["3", "66.7", "33.3[6,79]", "0.0[0,56]"]}
@@ -627,10 +629,10 @@ def test_a_finished_run_asks_nothing_and_prints_its_tables_again(cli, whole, cop
     printed = cli(*FULL, "--out", copy)
     assert copy.read_bytes() == whole.read_bytes()
     assert "has 32 of 32 answers already" in printed
-    assert table(cells(load(whole))) in printed
+    assert table(to_cells(load(whole))) in printed
     printed = cli(*FULL, "--lengths", "100", "--n", "2", "--out", copy)
     wanted = [row for row in load(whole) if row["length"] == 100 and row["i"] < 2]
-    assert table(cells(wanted)) in printed, "the table shows more or less than is asked for"
+    assert table(to_cells(wanted)) in printed, "the table shows more or less than is asked for"
 
 
 def test_samples_modes_lengths_tasks_and_models_may_be_added(cli, ckpt, tmp_path):
@@ -681,12 +683,17 @@ def test_a_run_of_other_settings_does_not_go_on(denied, whole, copy, another, se
     assert list(copy.parent.iterdir()) == [copy]
 
 
+def test_a_file_that_lacks_a_setting_is_not_gone_on_from(denied, copy):
+    copy.write_bytes(copy.read_bytes().replace(b'"count": "own", ', b"", 1))
+    assert f"{copy} has answers of lm2 with count missing, not own" in denied(*FULL, "--out", copy)
+
+
 def test_answers_without_settings_are_shown_and_not_gone_on_from(cli, denied, out):
     rows = [prediction(length=0), prediction(length=0, i=1, output="gärten\u2028")]
     save(rows, out)
     before = out.read_bytes()
     assert load(out) == rows
-    assert table(cells(rows)) in cli("--from_predictions", out, "--ckpt", "no/such.pt")
+    assert table(to_cells(rows)) in cli("--from_predictions", out, "--ckpt", "no/such.pt")
     err = denied(*SHORT, "--out", out)
     assert f"{out} has answers of lm2 without their settings" in err
     assert out.read_bytes() == before
@@ -700,9 +707,21 @@ def test_a_file_of_an_older_version_is_still_shown_without_a_line_cut_off(out):
         {name: old[name] for name in old if name not in ("model", "found", "seconds")},
         old,
     ]
-    text = "\n".join(json.dumps(line) for line in lines)
+    text = "\ufeff" + "\n".join(json.dumps(line) for line in lines)  # an editor put a mark there
     out.write_text(text[:-9], encoding="utf-8")
     assert load(out) == [prediction(seconds=0.0)]
+
+
+@pytest.mark.skipif(fcntl is None, reason="this system has no locks")
+def test_one_run_at_a_time_writes_a_file(denied, copy):
+    before = copy.read_bytes()
+    settings = json.loads(before.splitlines()[0])["settings"]
+    running = Predictions(copy, [settings])
+    for again in ([], ["--again"]):
+        err = denied(*FULL, "--out", copy, *again)
+        assert f"another evaluation writes {copy}: give another --out" in err
+    running.file.close()
+    assert copy.read_bytes() == before
 
 
 @pytest.mark.parametrize("again", [[], ["--again"]])
@@ -751,7 +770,7 @@ def test_an_evaluation_asks_and_prints_what_its_docstring_says(cli, model, tok, 
         "lm2 was trained on the prose of novels: --background names another\n"
         f"background of {len(val_set.prose):,} tokens, {val_set.chars_per_token:.2f} characters "
         f"each\na sample of {longer} goes round it 1.3 times\n"
-        f"it took 0.0 minutes\n\n{table(cells(rows))}\n\n{report_cost(rows)}\npeak resident set "
+        f"it took 0.0 minutes\n\n{table(to_cells(rows))}\n\n{report_cost(rows)}\npeak resident set "
     )
 
 
@@ -808,8 +827,8 @@ def test_figures_comparisons_the_metric_and_the_papers_rows_are_shown_if_asked_f
     assert "McNemar" not in printed and published_table() not in printed
     flags += ["--figures", tmp_path / "f.json", "--published", "--metric", "official"]
     printed = cli(*flags, "--compare", "lm2 on", "lm2 rag")
-    assert json.loads((tmp_path / "f.json").read_text()) == dict(cells=cells(rows))
-    assert table(cells(rows), ["official"]) in printed and EXACT not in printed
+    assert json.loads((tmp_path / "f.json").read_text()) == dict(cells=to_cells(rows))
+    assert table(to_cells(rows), ["official"]) in printed and EXACT not in printed
     assert compare(rows, "lm2 on", "lm2 rag", "official") in printed and "exact:" not in printed
     assert published_table() in printed
 

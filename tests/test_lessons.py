@@ -48,7 +48,7 @@ def new_lessons(builder, **changes):
         batch_size=4,
         batch_tokens=32768,
         plain=0.0,
-        asides=0,
+        n_asides=0,
         seed=0,
     )
     return Lessons(**(settings | changes))
@@ -140,7 +140,7 @@ def test_whole_documents_must_fit_into_a_segment_of_the_model():
 
 @pytest.mark.parametrize("stage", [PLAIN, LONG, Stage(12, 0, 64)])
 def test_asked_are_the_right_answers_and_their_ends_of_text_and_nothing_else(tok, builder, stage):
-    for batch in made(builder, stage, range(5), batch_size=8, asides=3):
+    for batch in made(builder, stage, range(5), batch_size=8, n_asides=3):
         assert batch.is_word.tolist() == [target != tok.eot for target in batch.targets.tolist()]
         for ids, asked in rows(batch):
             expected = {}
@@ -164,22 +164,22 @@ def test_half_of_the_documents_with_prose_and_most_of_those_with_many_facts_are_
     tok, builder, stage, least, most
 ):
     is_early = []
-    for batch in made(builder, stage, range(30), asides=3):
+    for batch in made(builder, stage, range(30), n_asides=3):
         for ids, _ in rows(batch):
             behind_first_answer = tok.decode(ids[ends_of_text(ids, tok)[0] :])
             is_early.append(MOVED.search(behind_first_answer) is not None)
     assert least <= sum(is_early) / len(is_early) <= most
 
 
-@pytest.mark.parametrize("asides", [1, 3])
-def test_a_document_is_asked_earlier_at_one_to_the_most_points(builder, asides):
+@pytest.mark.parametrize("n_asides", [1, 3])
+def test_a_document_is_asked_earlier_at_one_to_the_most_points(builder, n_asides):
     counts = []
-    for document in documents(builder, Stage(12, 0, 64), 30, asides=asides):
+    for document in documents(builder, Stage(12, 0, 64), 30, n_asides=n_asides):
         points = set()  # facts before a question
         for start, _ in document.answers:
             points.add(sum(stop <= start for _, stop in document.facts))
         counts.append(len(points - {len(document.texts)}))
-    assert set(counts) == set(range(asides + 1))
+    assert set(counts) == set(range(n_asides + 1))
     assert counts.count(1) > len(counts) / 5
 
 

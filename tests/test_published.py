@@ -9,9 +9,9 @@ import contextlib
 import hashlib
 import http.server
 import json
-import os
 import threading
 import urllib.parse
+from pathlib import Path
 
 import pytest
 
@@ -369,7 +369,7 @@ def test_every_published_cell_can_be_asked_for():
 def test_a_full_disk_leaves_whole_files_that_the_next_run_checks(
     mirror, fetch, tmp_path, monkeypatch, moved, kept
 ):
-    move = os.replace
+    move = Path.replace
 
     def fail(partial, target):
         if target.name == moved:
@@ -379,7 +379,7 @@ def test_a_full_disk_leaves_whole_files_that_the_next_run_checks(
     mirror.answers["/qa1/0k.json"] = [reply(HUNDRED), reply(NEWER)]
     fetch()
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fail)
+        patch.setattr(Path, "replace", fail)
         _, (line,) = fetch("--again", code=2)
     assert "No space left" in line
     fetch()

@@ -28,8 +28,8 @@ def tok():
     return tokenizer.load()
 
 
-def flat(passages):
-    return [sentence for passage in passages for sentence in passage]
+def flat(runs):
+    return [sentence for run in runs for sentence in run]
 
 
 def strange_texts(n, seed):
@@ -107,7 +107,7 @@ def test_lists_and_code_in_documentation_do_not_run_into_the_prose():
         "* The *first* item of the list is\n  wrapped onto another line.\n"
         "It uses the :class:`Counter` of the standard library here."
     )
-    assert list(background.sentences(text, markup=True)) == [
+    assert list(background.sentences(text, is_documentation=True)) == [
         "The first item of the list is wrapped onto another line.",
         "It uses the Counter of the standard library here.",
     ]
@@ -154,11 +154,11 @@ def test_train_and_val_share_no_sentence_and_are_everything_in_order(documents):
     following = set()
     for document in documents:
         following.update(pairwise(document))
-    for passages in (train, val):
-        for passage in passages:
-            assert following.issuperset(pairwise(passage))
-        for passage, later in pairwise(passages):  # neighbours are one passage
-            assert (passage[-1], later[0]) not in following
+    for runs in (train, val):
+        for run in runs:
+            assert following.issuperset(pairwise(run))
+        for run, later in pairwise(runs):  # neighbouring passages are one run
+            assert (run[-1], later[0]) not in following
 
 
 def test_a_tenth_of_a_text_is_val():

@@ -216,7 +216,7 @@ def test_before_the_first_step_a_table_says_what_is_trained_on_what(trained):
 def test_a_run_ends_with_the_table_of_its_predictions(trained):
     rows = babilong_eval.load(trained[0] / "table.jsonl")
     assert len(rows) == 2 * 3 * 2  # lengths, questions, with the memory and without
-    expected = babilong_eval.table(babilong_eval.cells(rows))
+    expected = babilong_eval.table(babilong_eval.to_cells(rows))
     assert trained[1].rstrip().endswith(expected.rstrip())
 
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 ROOMS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
 TOWN = ("bedroom", "cinema", "kitchen", "office", "park", "school")  # the rooms of qa10 and qa14
 VERBS = {  # kind of statement -> its verbs, all of them as likely
-    "move": ("went", "went back", "moved", "journeyed", "travelled"),  # "went back" on first visits
+    # "went back" is also said of a first visit.
+    "move": ("went", "went back", "moved", "journeyed", "travelled"),
     "get": ("got", "took", "grabbed", "picked up"),
     "drop": ("dropped", "left", "discarded", "put down"),
     "give": ("gave", "handed", "passed"),
@@ -26,7 +27,7 @@ class Event(NamedTuple):
     may never have been told."""
 
     text: str
-    kind: str = "fact"  # "get", "drop", "give" or a way to tell a move (worlds.MOVES)
+    kind: str = "fact"  # "get", "drop", "give" or one of worlds.MOVES, which tell a move
     actor: str = ""
     obj: str | None = None  # the object that is taken, put down or given
     room: str = ""  # where the actor is afterwards

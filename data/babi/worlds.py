@@ -19,9 +19,13 @@ from data.babi.story import ROOMS, TOWN, VERBS, Event, Odds, Question, Story, dr
 
 ACTORS = ("Mary", "John", "Sandra", "Daniel")
 OBJECTS = ("apple", "football", "milk")
-MOVES = ("move", "then", "is in", "is not in", "is no longer in", "is either in")  # ways to tell it
+# The kinds of statement that tell a move.
+MOVES = ("move", "then", "is in", "is not in", "is no longer in", "is either in")
 ADVERBS = ("After that", "Afterwards", "Following that", "Then")  # how a statement "then" begins
-WINDOW = 5  # a story asks about one of its last five facts
+WINDOW = 5  # a story asks about one of its last five topics
+# In the released files this share of the "drop" statements ends with " there". In qa3 the "get"
+# statements do so, too.
+P_THERE = 0.2
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,10 @@ class Task:
         return topics
 
     def ask(self, events: list[Event], rng: random.Random) -> Question | None:
-        """A question on a topic of the last five facts, or None if they suggest none.
+        """A question on one of the last five topics, or None if nothing can be asked about them.
 
-        "Mary and John went" is two facts. A topic of two facts is drawn twice as often."""
+        A statement about two actors gives two topics. A topic that comes twice among the five is
+        drawn twice as often."""
         if rng.random() < self.skip:
             return None
         topics = self.named(events[-WINDOW:])[-WINDOW:]
@@ -103,12 +108,12 @@ def act(
     *,
     actions: tuple[str, ...] = ("move", "get", "drop"),
     actors: tuple[str, ...] = ACTORS,
-    get_there: float = 1.0,
+    p_there: float = 1.0,
 ) -> Iterator[Event]:
     """Possible actions of the actors, without end.
 
-    actions    the kinds of action, all of them as likely
-    get_there  the probability that the statement of a "get" ends with " there" """
+    actions  the kinds of action, all of them as likely
+    p_there  the probability that the statement of a "get" ends with " there" """
     room_of = {actor: pick(rng, ROOMS) for actor in actors}
     place_of = {obj: pick(rng, ROOMS) for obj in OBJECTS}  # a room, or the actor who holds it
     while True:  # who acts and what he does are both drawn again if it is not possible
@@ -126,18 +131,19 @@ def act(
             gift = first_gift(actors, room_of, place_of)
             if gift is None:
                 continue
-            actor, obj, taker = gift  # not the actor who was drawn: so it is in the released files
+            # As in the released files, the giver need not be the actor who was drawn.
+            actor, obj, taker = gift
             place_of[obj] = taker
             rest = f"the {obj} to {taker}."
         else:
             if kind == "get":
                 source = room_of[actor]
                 target = actor
-                there_odds = get_there
+                there_odds = p_there
             else:
                 source = actor
                 target = room_of[actor]
-                there_odds = 0.2
+                there_odds = P_THERE
             within_reach = [thing for thing in OBJECTS if place_of[thing] == source]
             if not within_reach:
                 continue
@@ -200,7 +206,7 @@ def roam(
             named = (pick(rng, rooms), goal)  # the two can be the same room
             named = pick(rng, (named, named[::-1]))
             rest = f"is either in the {named[0]} or the {named[1]}."
-        else:
+        else:  # "is not in" or "is no longer in": only the room that was left is told
             named = (room_of[actor],)
             rest = f"{kind} the {named[0]}."
         yield Event(f"{' and '.join(who)} {rest}", kind, actor, None, goal, other, named)
@@ -257,10 +263,11 @@ def where_object(events: list[Event], obj: str) -> Odds:
 
 
 def where_before(events: list[Event], obj: str) -> Odds:
-    """qa3: ask where the object was before a room to which it was carried, when last carried.
+    """qa3: ask in which room the object was before another one.
 
-    A room that was visited twice means the later visit. The weights are fitted to the released
-    files: later rooms are asked about more often, 1.3 times for each room."""
+    Only the latest carrying counts, from the last get to the drop after it. If the carrier was in
+    a room twice, the question means the later visit. The weights are fitted to the released files:
+    each room has 1.3 times the weight of the room before it."""
     i = latest(events, obj, ("get", "drop"))
     start = latest(events, obj, ("get",))
     stop = i if events[i].kind == "drop" else len(events)
@@ -280,10 +287,11 @@ def where_before(events: list[Event], obj: str) -> Odds:
 
 
 def gift(events: list[Event], obj: str) -> Odds:
-    """qa5: ask what was given last, by whom, or to whom; a third of the weight each."""
+    """qa5: ask what was given last, by whom, or to whom."""
     i = latest(events, obj, ("give",))
     giver = events[i].actor
     taker = events[i].other
+    # Each of the three has a third of the weight. The last two have two wordings each.
     return {
         Question(f"What did {giver} give to {taker}?", obj, (i,)): 2,
         Question(f"Who gave the {obj}?", giver, (i,)): 1,
@@ -294,7 +302,7 @@ def gift(events: list[Event], obj: str) -> Odds:
 
 
 def is_in(events: list[Event], actor: str, *, rooms: tuple[str, ...] = ROOMS) -> Odds:
-    """qa6, qa9 and qa10: ask whether the actor is in a room; half of the weight has the true one.
+    """qa6, qa9 and qa10: ask whether the actor is in a room.
 
     If only the room that he left was told, the question is about this room."""
     i = latest(events, actor, MOVES)
@@ -311,13 +319,14 @@ def is_in(events: list[Event], actor: str, *, rooms: tuple[str, ...] = ROOMS) ->
         else:
             answer = "no"
         question = Question(f"Is {actor} in the {room}?", answer, (i,))
+        # The true room has half of the weight, as much as the five others together.
         odds[question] = 5 if room == true_room else 1
     return odds
 
 
 def touched(events: list[Event], actor: str) -> dict[str, list[int]]:
-    """The objects that the actor got, lost or was given, in the order of their first touch, and the
-    indices of the statements that tell it."""
+    """The objects that the actor took, put down, gave or received, each with the indices of the
+    statements that say so. The objects are in the order of the first of these statements."""
     found = {}
     for i, event in enumerate(events):
         if event.obj and actor in (event.actor, event.other):
@@ -353,6 +362,7 @@ def which(events: list[Event], actor: str) -> Odds:
 
 
 WITH_GIFTS = ("move", "get", "drop", "give")
+# A kind of statement that is repeated is drawn that much more often.
 WITH_NOT = ("move", "move", "move", "move", "is in", "is in", "is not in", "is no longer in")
 WITH_EITHER = ("move", "move", "is in", "is either in")
 
@@ -363,7 +373,7 @@ WORLD = {  # The order of the actors of qa5 and qa7 is the order in which a gift
     ),
     "qa3": Task(
         "three-supporting-facts",
-        partial(act, get_there=0.2),
+        partial(act, p_there=P_THERE),
         where_before,
         prompts=("get", "drop"),
         topics=("obj",),
