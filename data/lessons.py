@@ -18,6 +18,7 @@ not matter which process makes it, how far ahead it is made, or whether the run 
 import functools
 import random
 import signal
+import textwrap
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -489,9 +490,9 @@ def main(argv: list[str] | None = None) -> None:
         _, batch = lessons[stage, args.number]
         B, T = batch.idx.shape
         document = documents[0]
-        print(f"Batch {args.number} of the stage {stage}: {B} documents of {T} tokens each.")
+        print(f"Batch {args.number} of the stage {stage}: {B} documents, padded to {T} tokens.")
         print("Its first document, with what is learned in brackets (| is the end of text):\n")
-        print(marked(document, builder.tokenizer))
+        print(textwrap.fill(marked(document, builder.tokenizer), 79))
         positions = []
         for start, stop in document.answers:
             positions.extend(range(start - 1, stop - 1))

@@ -420,7 +420,9 @@ def test_the_command_prints_a_document_with_its_answers_in_brackets_and_where_it
     ids, asked = rows(batch)[0]
     length = ends_of_text(ids, tok)[-1] + 1
     n_rows, width = batch.idx.shape
-    assert f": {n_rows} documents of {width} tokens each.\n" in head
+    assert f": {n_rows} documents, padded to {width} tokens.\n" in head
+    assert max(map(len, text.split("\n"))) < 80
+    text = text.replace("\n", " ")
     assert " " + re.sub(r" \[(\w+)\|\]", rf" \1{END}", text) == tok.decode(ids[:length])
     positions = " ".join(map(str, asked))
     n_questions = text.count("[")
