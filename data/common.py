@@ -126,6 +126,8 @@ def one_line(prog: str, is_silent: bool = False) -> Iterator[None]:
             message = "not enough memory: smaller batches, models or documents need less"
         elif isinstance(error, OSError) and error.filename:
             message = f"{error.strerror}: {error.filename}"
+        elif isinstance(error, OSError) and error.strerror:
+            message = error.strerror  # such as a full disk
         else:
             message = str(error)
         print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
