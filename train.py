@@ -558,15 +558,6 @@ class Processes:
             dist.broadcast(message, src=0, group=self.group)
         return message.tolist()
 
-    def sum(self, number: int) -> int:
-        """The sum of a number over the processes."""
-        if self.group is None:
-            return number
-        total = torch.tensor(number)
-        with lost_is_raised():
-            dist.all_reduce(total, group=self.group)
-        return total.item()
-
     def sum_gradients(self, parameters: list[Tensor], numbers: Tensor) -> Tensor:
         """Sum up the parameters' gradients over the processes, in place, and return the sums of
         some more numbers (n,).
@@ -864,9 +855,9 @@ class Record:
             self.bar.refresh()
 
     def add_step(self, n_tokens: int, is_longest: bool, norm: Tensor, sums: Tensor) -> None:
-        """Note a step, without waiting for the device. sums (3,): loss, right words, words"""
+        """Note a step, without waiting for the device. sums: loss, right words, words, tokens"""
         self.bar.update(n_tokens)
-        loss, n_right, n_words = sums
+        loss, n_right, n_words, _ = sums
         self.pending.append((is_longest, torch.stack([norm, loss, n_right / n_words])))
 
     def write_line(self, curriculum: Curriculum, lr: float) -> list[float]:
@@ -1025,7 +1016,7 @@ def train(
             group["lr"] = lr
 
         # One step: the gradients of this process's micro-batches, their sum over all processes
-        sums = torch.zeros(3, device=device)  # loss, right words, words
+        sums = torch.zeros(4, device=device)  # loss, right words, words, tokens
         n_tokens = 0
         for _ in range(cfg.accumulate // processes.n):
             batch = next(batches).to(device)
@@ -1034,12 +1025,14 @@ def train(
             if is_cuda:
                 batch = with_fewer_shapes(batch, stage)
             S = length_of_segments(batch, stage, cfg, model.cfg.segment_len)
-            sums += run_micro_step(S, batch.idx, batch.at, batch.targets, batch.is_word)
-        sums = processes.sum_gradients(parameters, sums)  # the three travel with the gradients
+            sums[:3] += run_micro_step(S, batch.idx, batch.at, batch.targets, batch.is_word)
+        sums[3] = n_tokens
+        sums = processes.sum_gradients(parameters, sums)  # the four travel with the gradients
         norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=not is_cuda)
-        n_tokens = processes.sum(n_tokens)
+        if processes.n > 1:
+            n_tokens = int(sums[3])  # several GPUs are waited for here
         progress.step += 1
         progress.tokens += n_tokens
         if not processes.is_first:
