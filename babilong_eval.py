@@ -738,10 +738,13 @@ def is_prediction(row: object) -> bool:
 def whole_lines(path: Path) -> list[bytes]:
     """The lines of a file, but for a last one that a killed run has not finished.
 
-    A lone line without its end is kept: no run leaves it, so the file is not one of answers."""
+    A lone line that is cut short is kept: no run leaves it, so the file is not one of answers."""
     lines = path.read_bytes().splitlines(keepends=True)
     if len(lines) > 1 and not lines[-1].endswith(b"\n"):
-        lines.pop()
+        try:
+            json.loads(lines[-1])  # only its end is missing
+        except (ValueError, RecursionError):
+            lines.pop()
     return lines
 
 
@@ -832,6 +835,8 @@ class Predictions:
         self.done = {key_of(row) for row in self.rows}
         self.file.truncate(sum(len(line) for line in lines))
         new = [dict(settings=own) for own in settings if own["model"] not in known]
+        if lines and not lines[-1].endswith(b"\n"):
+            self.file.write(b"\n")
         self.file.write(as_lines(new))
         self.file.flush()
 
@@ -1170,6 +1175,21 @@ def plan(args, tasks: list[str], counts: dict[int, int], samples: Samples) -> Wo
     return work
 
 
+def check_questions(rows: list[dict], samples: Samples, work: Work, out: Path) -> None:
+    """ValueError if a first sample is no longer the one that was answered, as when the files of
+    --path have changed. rows  the predictions of one model"""
+    cells = {(task, length) for task, length, _ in work}
+    for row in rows:
+        if row["i"] > 0 or (row["task"], row["length"]) not in cells:
+            continue
+        question = samples(row["task"], row["length"], 0).questions[0]
+        if (row["question"], row["target"]) != (question.text, question.answer):
+            raise ValueError(
+                f"{out} has answers to other questions of {row['task']} "
+                f"{length_name(row['length'])}: give another --out, or --again to replace all in it"
+            )
+
+
 def settings_of(args, loaded: Loaded, background: str | None) -> dict:
     """What the answers of a model depend on.
 
@@ -1226,6 +1246,10 @@ def run(args) -> None:
                 asked.update((loaded.name, task, length, i, mode) for mode in args.modes)
 
     predictions = Predictions(out, settings, args.again)
+    for loaded in models:
+        samples, _ = sources[loaded.tokenizer.ranks]
+        own_rows = [row for row in predictions.rows if row["model"] == loaded.name]
+        check_questions(own_rows, samples, work, out)
     n_done = len(asked & predictions.done)
     if n_done:
         print(f"{out} has {n_done:,} of {len(asked):,} answers already")

@@ -389,8 +389,10 @@ def settings_to_resume(given: dict) -> TrainConfig:
             f"{path} was written by a train.py of other flags ({', '.join(sorted(odd))}): train "
             "anew, or start from it with --init"
         )
-    # Another machine may have other processes. The limit was that of an earlier call.
-    return TrainConfig(**content["train"] | dict(minutes=None, processes=None) | given)
+    anew = dict(out_dir=str(path.parent), minutes=None)  # the limit was that of an earlier call
+    if dist.is_torchelastic_launched():
+        anew["processes"] = None  # torchrun has its own
+    return TrainConfig(**content["train"] | anew | given)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -907,7 +909,8 @@ class Record:
     def say(self, message: str) -> None:
         """A line for people, with where the run stands."""
         now = self.progress
-        tqdm.write(f"{now.seconds:5.0f} s, {now.tokens / 1e6:4.1f} M tokens: {message}")
+        with contextlib.suppress(BrokenPipeError):  # nobody reads on, but the run goes on
+            tqdm.write(f"{now.seconds:5.0f} s, {now.tokens / 1e6:4.1f} M tokens: {message}")
 
     def close(self, path: Path) -> None:
         """End the bar, and tell what was trained. path  of the checkpoint"""
@@ -1257,9 +1260,9 @@ def run(flags: Flags, processes: Processes, meet_at: str | None) -> None:
         if torch.cuda.is_initialized():
             processes.group = None  # to leave it in order would wait for the lost process
         raise
-    except RuntimeError:
-        if interrupts:
-            raise KeyboardInterrupt from None  # Ctrl-C has also ended a compiler that worked for us
+    except RuntimeError as error:
+        if interrupts and cfg.compile:
+            raise KeyboardInterrupt from error  # Ctrl-C has ended the compiler, too
         raise
     finally:
         processes.leave()

@@ -376,8 +376,9 @@ class Lessons:
 
 
 def leave_interrupts_alone(_: int) -> None:
-    """Make a worker ignore Ctrl-C. The first process saves at Ctrl-C and then ends the workers."""
+    """Make a worker ignore Ctrl-C and SIGTERM. The first process saves, then ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def unchanged(item: tuple[Key, Batch]) -> tuple[Key, Batch]:

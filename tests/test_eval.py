@@ -935,3 +935,18 @@ def test_original_stories_are_a_source_from_a_folder_or_a_file(cli, denied, anot
         assert len(rows) == 10
         assert {(row["question"], row["target"]) for row in rows} <= in_files
     assert f"--path {file} is one file" in denied(*flags, "--tasks", "qa1", "qa2", "--out", out)
+
+
+def test_a_last_answer_without_its_line_end_counts_and_the_next_one_begins_a_line(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    settings = [dict(model="lm2", seed=0)]
+    rows = [prediction(i=i) for i in range(3)]
+    first = Predictions(path, settings)
+    first.add(rows[:2])
+    first.file.close()
+    path.write_bytes(path.read_bytes().removesuffix(b"\n"))
+    assert len(load(path)) == 2
+    again = Predictions(path, settings)
+    again.add(rows[2:])
+    again.file.close()
+    assert load(path) == rows

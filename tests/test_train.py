@@ -790,6 +790,34 @@ def test_where_the_prose_has_moved_a_run_goes_on_with_the_same_but_not_with_anot
     assert content(tmp_path / "run", "progress")["tokens"] >= 400
 
 
+def test_a_copied_run_goes_on_where_it_lies_and_leaves_the_original_alone(fit, tmp_path):
+    fit(tmp_path / "run", "--tokens 400 --stages 2:0 --minutes 0")
+    original = (tmp_path / "run" / "ckpt.pt").read_bytes()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    fit(tmp_path / "copy", "--resume")
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == original
+    assert content(tmp_path / "copy", "train")["out_dir"] == str(tmp_path / "copy")
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="the system has no process groups")
+def test_sigterm_to_all_processes_of_a_run_saves_it_also_with_workers(folder, tmp_path):
+    where = ["--background", str(folder), "--out_dir", str(tmp_path)]
+    flags = ["--tokens", "10000000", "--stages", "2:0", "--workers", "1", "--processes", "1"]
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, *flags, *where]
+    run = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    log = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not log.exists() or log.stat().st_size == 0:
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGTERM)
+    printed, _ = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "saved" in printed and (tmp_path / "ckpt.pt").is_file()
+
+
 def test_the_bar_ends_where_the_last_stage_ends_the_run(fit, tmp_path, monkeypatch):
     totals = []
     update = train.tqdm.update
