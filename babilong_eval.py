@@ -1176,17 +1176,21 @@ def plan(args, tasks: list[str], counts: dict[int, int], samples: Samples) -> Wo
 
 
 def check_questions(rows: list[dict], samples: Samples, work: Work, out: Path) -> None:
-    """ValueError if a first sample is no longer the one that was answered, as when the files of
-    --path have changed. rows  the predictions of one model"""
-    cells = {(task, length) for task, length, _ in work}
+    """ValueError if the first sample of a cell is no longer the one that was answered, as when the
+    files of --path have changed. rows  the predictions of one model"""
+    answered = {}  # (task, length) -> the questions that were answered as the first sample
     for row in rows:
-        if row["i"] > 0 or (row["task"], row["length"]) not in cells:
+        if row["i"] == 0:
+            asked = answered.setdefault((row["task"], row["length"]), set())
+            asked.add((row["question"], row["target"]))
+    for task, length, _ in work:
+        if (task, length) not in answered:
             continue
-        question = samples(row["task"], row["length"], 0).questions[0]
-        if (row["question"], row["target"]) != (question.text, question.answer):
+        question = samples(task, length, 0).questions[0]  # made once, as it may be long
+        if answered[task, length] != {(question.text, question.answer)}:
             raise ValueError(
-                f"{out} has answers to other questions of {row['task']} "
-                f"{length_name(row['length'])}: give another --out, or --again to replace all in it"
+                f"{out} has answers to other questions of {task} {length_name(length)}: give "
+                "another --out, or --again to replace all in it"
             )
 
 

@@ -49,6 +49,8 @@ from data.common import (
     JsonLines,
     Parser,
     flag,
+    ignore_interrupts,
+    interrupts_handled_by,
     interrupts_kept,
     keep_freed_memory,
     one_line,
@@ -320,8 +322,8 @@ def read_flags(argv: list[str] | None) -> Flags:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="Go on from the checkpoint in --out_dir, with its settings. Of the flags, only those "
-        f"of evaluation and computing may be given: {', '.join(MAY_CHANGE)}.",
+        help="Go on from the checkpoint in --out_dir, with its settings. Of the flags, only these "
+        f"may be given: {', '.join(MAY_CHANGE)}.",
     )
     parser.add_settings(TrainConfig)
     parser.add_sizes(SIZE_FLAGS, LM2Config(**PRESETS["cpu"]))
@@ -645,12 +647,6 @@ def processes_of_torchrun(cfg: TrainConfig) -> Processes:
     )
 
 
-def ignore_interrupts() -> dict:
-    """Ignore Ctrl-C and SIGTERM from now on. Returns what handled them before."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    return {number: signal.signal(number, signal.SIG_IGN) for number in signals}
-
-
 def help_to_train(rank: int, processes: Processes, meet_at: str, flags: Flags, writer) -> None:
     """The life of a process of a rank above 0 that `python train.py` has started."""
     writer.send("started")
@@ -677,16 +673,14 @@ def helpers_started(processes: Processes, flags: Flags) -> Iterator[str | None]:
         meet_at = f"file://{folder}/processes"
         try:
             # They ignore Ctrl-C and SIGTERM from their start on: these are for the first process.
-            before = ignore_interrupts()
-            for rank in range(1, processes.n):
-                reader, writer = context.Pipe(duplex=False)
-                readers.append(reader)
-                arguments = (rank, processes, meet_at, flags, writer)
-                helper = context.Process(target=help_to_train, args=arguments)
-                helper.start()
-                helpers.append(helper)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            with interrupts_handled_by(signal.SIG_IGN):
+                for rank in range(1, processes.n):
+                    reader, writer = context.Pipe(duplex=False)
+                    readers.append(reader)
+                    arguments = (rank, processes, meet_at, flags, writer)
+                    helper = context.Process(target=help_to_train, args=arguments)
+                    helper.start()
+                    helpers.append(helper)
             for helper, reader in zip(helpers, readers, strict=True):
                 if reader not in multiprocessing.connection.wait([reader, helper.sentinel]):
                     raise ProcessLost("at its start")
@@ -1145,7 +1139,9 @@ def fingerprint(cfg: TrainConfig, train_set: Builder, val_set: Builder) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for builder in (train_set, val_set):
         digest.update("".join(builder.sentences).encode())
-        for task in cfg.tasks if cfg.stories is not None else ():
+        if cfg.stories is None:
+            continue
+        for task in cfg.tasks:
             digest.update(find_file(cfg.stories, task, builder.part).read_bytes())
     return digest.hexdigest()
 

@@ -3,7 +3,8 @@
     from data.common import Parser, one_line
 
 Flags: `Parser` and `flag` make them from a dataclass. Ends: `one_line` ends a user's mistake with
-one line and exit code 2, `interrupts_kept` lets a run end in order. Files: `replacing` writes them
+one line and exit code 2, `interrupts_kept` lets a run end in order, `ignore_interrupts` and
+`interrupts_handled_by` are for the processes that it starts. Files: `replacing` writes them
 as a whole, `lock` keeps other processes away, `JsonLines` and `save_json` write JSON. The machine:
 `pick_device`, `peak_memory` and `keep_freed_memory`. Writes only what it is called for.
 """
@@ -134,6 +135,26 @@ def one_line(prog: str, is_silent: bool = False) -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what ends a job
+
+
+def ignore_interrupts() -> None:
+    """Ignore Ctrl-C and SIGTERM from now on, in a process that another one ends."""
+    for number in INTERRUPTS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def interrupts_handled_by(handler: Any) -> Iterator[None]:
+    """Within it this handler, as signal.signal takes it, gets Ctrl-C and SIGTERM."""
+    before = {number: signal.signal(number, handler) for number in INTERRUPTS}
+    try:
+        yield
+    finally:
+        for number, old_handler in before.items():
+            signal.signal(number, old_handler)
+
+
 @contextlib.contextmanager
 def interrupts_kept(times: list[float]) -> Iterator[None]:
     """Within it Ctrl-C and SIGTERM only note their time in `times`, so that a run can end in order.
@@ -149,12 +170,8 @@ def interrupts_kept(times: list[float]) -> Iterator[None]:
         elif now - times[0] > 2:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with interrupts_handled_by(note):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ not matter which process makes it, how far ahead it is made, or whether the run 
 
 import functools
 import random
-import signal
 import textwrap
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -32,7 +31,7 @@ from torch.utils.data import DataLoader
 
 from data import babi
 from data.babilong import Builder
-from data.common import Parser, one_line
+from data.common import Parser, ignore_interrupts, one_line
 from data.document import Document
 from data.tokenizer import load
 
@@ -377,8 +376,7 @@ class Lessons:
 
 def leave_interrupts_alone(_: int) -> None:
     """Make a worker ignore Ctrl-C and SIGTERM. The first process saves, then ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore_interrupts()
 
 
 def unchanged(item: tuple[Key, Batch]) -> tuple[Key, Batch]:

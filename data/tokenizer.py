@@ -260,8 +260,8 @@ def main(argv: list[str] | None = None) -> None:
         documents = background.documents(args.background)
         texts = {}
         for part in ("train", "val"):
-            passages = background.split(documents, part)
-            texts[part] = "\n".join(" ".join(passage) for passage in passages)
+            runs = background.split(documents, part)
+            texts[part] = "\n".join(" ".join(run) for run in runs)
         pieces = Counter(re.findall(PATTERN, texts["train"]))
         ranks = format_ranks(train(pieces, WORDS, args.vocab_size - 1))
         tokenizer = Tokenizer(ranks)

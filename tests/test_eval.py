@@ -24,6 +24,7 @@ from babilong_eval import (
     Predictions,
     ask,
     batches,
+    check_questions,
     compare,
     evaluate,
     exact_match,
@@ -950,3 +951,16 @@ def test_a_last_answer_without_its_line_end_counts_and_the_next_one_begins_a_lin
     again.add(rows[2:])
     again.file.close()
     assert load(path) == rows
+
+
+def test_answers_to_other_questions_are_refused_and_those_to_the_same_are_not(tmp_path):
+    question = babi.Question("Where is Mary? ", "garden", ())
+    document = SimpleNamespace(questions=[question])
+    work = [("qa1", 0, 5), ("qa2", 0, 5)]
+    same = prediction(i=0, task="qa1", length=0, question=question.text, target="garden")
+    later = prediction(i=1, task="qa1", length=0, question="Where is John? ", target="office")
+    for rows in ([], [later], [same, later]):
+        check_questions(rows, lambda *cell: document, work, tmp_path)
+    for changed in (dict(target="office"), dict(question="Where is John? ")):
+        with pytest.raises(ValueError, match="answers to other questions of qa1 0k"):
+            check_questions([same | changed], lambda *cell: document, work, tmp_path)

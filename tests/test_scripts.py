@@ -257,7 +257,13 @@ def test_sample_names_a_file_that_is_not_utf_8(capsys, wild, tmp_path):
     "flags, named",
     [("--task qa99", "qa99"), ("--nope", "--nope"), ("--see 1", "--see"), ("--seed x", "'x'")],
 )
-def test_the_data_scripts_name_a_flag_that_cannot_be(capsys, folder, main, flags, named):  # noqa: F811
+def test_the_data_scripts_name_a_flag_that_cannot_be(
+    capsys,
+    folder,  # noqa: F811
+    main,
+    flags,
+    named,
+):
     where = ["--background", folder] if main is babilong.main else []
     assert named in refused(capsys, main, *where, *flags.split())
 
@@ -340,7 +346,12 @@ def test_a_checkpoint_that_does_not_fit_is_named(capsys, wild, tmp_path, change,
     assert str(path) in err and says in err
 
 
-def test_a_file_that_is_cut_short_is_named_by_every_script(capsys, wild, folder, tmp_path):  # noqa: F811
+def test_a_file_that_is_cut_short_is_named_by_every_script(
+    capsys,
+    wild,
+    folder,  # noqa: F811
+    tmp_path,
+):
     path = tmp_path / "ckpt.pt"
     whole = wild.read_bytes()
     for n in (0, 10, len(whole) // 2, len(whole) - 1):
