@@ -59,7 +59,8 @@ class LM2Config:
     segment_len: int = 128  # S, tokens in a segment, which are all that self-attention sees
     n_slot: int = 16  # N, memory slots of a block
     n_mem_head: int = 8  # HM, heads of the memory's cross-attention
-    n_mem_layer: int | None = None  # how many blocks, from the first on, have a memory; None: all
+    n_mem_layer: int | None = None  # how many blocks have a memory; None: all
+    mem_blocks: tuple[int, ...] | None = None  # which ones, from 0 on; None: the first n_mem_layer
     n_mem_token: int = 0  # memory tokens of an RMT (arXiv 2207.06881), which has no banks
     rope_theta: float = 10000.0  # base of the rotary angles
     rope_scaling: dict | None = None  # as in Llama 3.1, with the four keys of its config
@@ -76,6 +77,9 @@ class LM2Config:
     def __post_init__(self):
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
+        if self.mem_blocks is not None:
+            self.check_mem_blocks()
+            self.n_mem_layer = len(self.mem_blocks)
         if self.n_mem_layer is None:
             self.n_mem_layer = 0 if self.n_mem_token else self.n_layer
         sizes = "vocab_size n_layer n_head n_kv_head n_embd ffn_dim segment_len n_slot n_mem_head"
@@ -93,6 +97,8 @@ class LM2Config:
             raise ValueError(
                 f"n_mem_layer {self.n_mem_layer} must lie between 0 and n_layer {self.n_layer}"
             )
+        if self.mem_blocks is None:
+            self.mem_blocks = tuple(range(self.n_mem_layer))
         if self.n_mem_token < 0:
             raise ValueError(f"n_mem_token {self.n_mem_token} must be at least 0")
         if self.n_mem_token and self.n_mem_layer:
@@ -122,6 +128,24 @@ class LM2Config:
                 raise ValueError(
                     f"rope_scaling: low_freq_factor {low} must be below high_freq_factor {high}"
                 )
+
+    def check_mem_blocks(self) -> None:
+        """ValueError if mem_blocks names a block twice, or one that is not there, or if n_mem_layer
+        is another number than it has."""
+        self.mem_blocks = tuple(sorted(self.mem_blocks))
+        blocks = " ".join(str(i) for i in self.mem_blocks)
+        if len(set(self.mem_blocks)) < len(self.mem_blocks):
+            raise ValueError(f"mem_blocks {blocks} names a block twice")
+        for i in self.mem_blocks:
+            if not 0 <= i < self.n_layer:
+                raise ValueError(
+                    f"mem_blocks {blocks} names block {i}: with n_layer {self.n_layer} give numbers "
+                    f"from 0 to {self.n_layer - 1}"
+                )
+        if self.n_mem_layer not in (None, len(self.mem_blocks)):
+            raise ValueError(
+                f"n_mem_layer {self.n_mem_layer} and mem_blocks {blocks} differ: set one of the two"
+            )
 
 
 @dataclass
@@ -444,7 +468,7 @@ class Decoder(nn.Module):
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.layers = nn.ModuleList()
         for i in range(cfg.n_layer):
-            self.layers.append(Block(cfg, has_memory=i < cfg.n_mem_layer))
+            self.layers.append(Block(cfg, has_memory=i in cfg.mem_blocks))
         self.norm = nn.RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.output = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:

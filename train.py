@@ -283,6 +283,16 @@ MAY_CHANGE = (
 )
 
 
+def sizes_of(preset: str, given: dict) -> dict:
+    """The sizes of a preset, with those that are given in their place."""
+    sizes = dict(PRESETS[preset])
+    if {"n_mem_layer", "mem_blocks", "n_mem_token"} & set(given):
+        # The preset's answer to where the memory is gives way to theirs.
+        for name in ("n_mem_layer", "mem_blocks"):
+            sizes.pop(name, None)
+    return sizes | given
+
+
 def settings_of(recipe: str | None, preset: str | None, sizes: dict) -> dict:
     """The settings of a recipe. ValueError for an unknown name.
 
@@ -299,7 +309,7 @@ def settings_of(recipe: str | None, preset: str | None, sizes: dict) -> dict:
         raise ValueError(f"--recipe {recipe!r} is unknown: choose from {', '.join(RECIPES)}")
     if preset is None:
         preset = RECIPES[recipe]["lm2"]["preset"]
-    model_cfg = LM2Config(**PRESETS[preset] | sizes)
+    model_cfg = LM2Config(**sizes_of(preset, sizes))
     kind = model_cfg.kind
     if kind == "llama" and model_cfg.segment_len >= 4096:
         kind = "full"  # its window holds whole documents
@@ -326,7 +336,14 @@ def read_flags(argv: list[str] | None) -> Flags:
         f"may be given: {', '.join(MAY_CHANGE)}.",
     )
     parser.add_settings(TrainConfig)
-    parser.add_sizes(SIZE_FLAGS, LM2Config(**PRESETS["cpu"]))
+    group = parser.add_sizes(SIZE_FLAGS, LM2Config(**PRESETS["cpu"]))
+    group.add_argument(
+        "--mem_blocks",
+        nargs="+",
+        type=int,
+        metavar="INT",
+        help="The numbers of the blocks with a memory, instead of --n_mem_layer. The first is 0.",
+    )
     given = {}
     for name, value in vars(parser.parse_args(argv)).items():
         if value is not None:
@@ -337,7 +354,7 @@ def read_flags(argv: list[str] | None) -> Flags:
     sizes = {}
     settings = {}
     for name, value in given.items():
-        if name in SIZE_FLAGS:
+        if name in SIZE_FLAGS or name == "mem_blocks":
             sizes[name] = value
         else:
             settings[name] = value
@@ -361,7 +378,7 @@ def read_flags(argv: list[str] | None) -> Flags:
         recipe = settings.get("recipe")
         preset = settings.get("preset")
         cfg = TrainConfig(**settings_of(recipe, preset, sizes) | settings)
-        sizes = PRESETS[cfg.preset] | sizes
+        sizes = sizes_of(cfg.preset, sizes)
 
     folder = Path(cfg.out_dir)
     if folder.is_file():
@@ -1158,7 +1175,10 @@ def describe(
     sizes = model.cfg
     total, memory = model.n_params()
     if sizes.kind == "lm2":
-        remembers = f"{sizes.n_slot} slots in {sizes.n_mem_layer} of them"
+        blocks = " ".join(str(i) for i in sizes.mem_blocks)
+        remembers = f"{sizes.n_slot} slots in block {blocks}"
+        if sizes.n_mem_layer > 1:
+            remembers = f"{sizes.n_slot} slots in each of the blocks {blocks}"
     elif sizes.kind == "rmt":
         remembers = f"{sizes.n_mem_token} memory tokens"
     else:

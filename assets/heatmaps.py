@@ -67,12 +67,13 @@ def pick(x: Tensor, head: str) -> Tensor:
 def prepare(model: LM2, doc: Document, layer: int | None) -> Tensor:
     """The document's prompt (1, T). ValueError where there is no memory, no such block, or nothing
     was written."""
-    n = model.cfg.n_mem_layer
+    blocks = model.cfg.mem_blocks
     ids = torch.from_numpy(doc.prompt())[None]
-    if n == 0:
+    if not blocks:
         raise ValueError("the model has no memory: choose a checkpoint with n_mem_layer above 0")
-    if layer is not None and not 0 <= layer < n:
-        raise ValueError(f"--layer {layer} has no memory: give a number from 0 to {n - 1}")
+    if layer is not None and layer not in blocks:
+        choices = " or ".join(str(i) for i in blocks)
+        raise ValueError(f"--layer {layer} has no memory: give {choices}")
     if last_segment_start(ids[0], model.cfg.segment_len) == 0:
         raise ValueError(
             f"the document has {ids.shape[1]} tokens, no more than one segment of "
@@ -257,9 +258,11 @@ def draw_read(
     block in which the last token reads a single slot most."""
     ids = prepare(model, doc, layer)
     before, after = reads(model, ids, head)
+    blocks = model.cfg.mem_blocks
     if layer is None:
-        layer = int(after[:, -1].amax(dim=-1).argmax())
-    maps = [before[layer, -TOKENS:], after[layer, -TOKENS:]]  # (tokens, N) each
+        layer = blocks[int(after[:, -1].amax(dim=-1).argmax())]
+    place = blocks.index(layer)  # of this block in A
+    maps = [before[place, -TOKENS:], after[place, -TOKENS:]]  # (tokens, N) each
     most = float(torch.stack(maps).max())
     texts = [tokenizer.decode([i]) for i in ids[0, -len(maps[0]) :].tolist()]
     n_written = last_segment_start(ids[0], model.cfg.segment_len) // model.cfg.segment_len
@@ -285,25 +288,24 @@ def draw_write(
     memory side by side."""
     prepare(model, doc, layer)
     lines = rows(model, tokenizer, doc, head)
-    if layer is None:
-        layers = list(range(model.cfg.n_mem_layer))[-PANELS:]
-    else:
-        layers = [layer]
+    blocks = model.cfg.mem_blocks
+    layers = blocks[-PANELS:] if layer is None else [layer]
+    places = [blocks.index(layer) for layer in layers]  # of these blocks in R
     shares = []
     for row in lines:
         is_grey = row.kind == "declined"
         shares.append(torch.full_like(row.share, torch.nan) if is_grey else row.share)
     R = torch.stack(shares, dim=1)  # (L, rows, N)
-    most = float(R[layers].nan_to_num().max())
+    most = float(R[places].nan_to_num().max())
     fig.set_size_inches(8, max(4.0, 0.135 * len(lines) + 1.7))
     axes = fig.subplots(1, len(layers), sharey=True, squeeze=False)[0]
-    for ax, block in zip(axes, layers, strict=True):
-        image = heat(ax, R[block], most, f"block {block}")
+    for ax, block, place in zip(axes, layers, places, strict=True):
+        image = heat(ax, R[place], most, f"block {block}")
         for y, row in enumerate(lines):
             if row.kind == "declined":
-                percent = f"{100 * row.share[block].mean():.0f} %"
-                place = dict(transform=ax.get_yaxis_transform(), ha="center", va="center")
-                ax.text(0.5, y, percent, fontsize=7, **place)
+                percent = f"{100 * row.share[place].mean():.0f} %"
+                middle = dict(transform=ax.get_yaxis_transform(), ha="center", va="center")
+                ax.text(0.5, y, percent, fontsize=7, **middle)
     labels = []
     for row in lines:
         arrow = "\u25ba " if row.kind == "needed" else ""

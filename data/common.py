@@ -70,12 +70,15 @@ class Parser(argparse.ArgumentParser):
                     f"--{field.name}", type=kind, metavar=kind.__name__.upper(), **options
                 )
 
-    def add_sizes(self, helps: dict[str, str], defaults: Any) -> None:
-        """Add flags for whole numbers. defaults has an attribute for each of them."""
+    def add_sizes(self, helps: dict[str, str], defaults: Any) -> argparse._ArgumentGroup:
+        """Add flags for whole numbers. defaults has an attribute for each of them.
+
+        Returns their group, for flags of other kinds."""
         group = self.add_argument_group("sizes of the model")
         for name, text in helps.items():
             text = help_text(text, getattr(defaults, name))
             group.add_argument(f"--{name}", type=int, metavar="INT", default=None, help=text)
+        return group
 
 
 class Words(argparse.Action):

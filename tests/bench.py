@@ -296,7 +296,7 @@ def contenders(setup: Setup, others: bool = False) -> dict[str, Contender]:
     x = ids[:, :-1].contiguous()  # (B, T)
     y = ids[:, 1:].contiguous()  # (B, T)
     segments = x.view(-1, cfg.segment_len)  # (B*G, S)
-    window = replace(cfg, n_mem_layer=0)
+    window = replace(cfg, n_mem_layer=0, mem_blocks=())
     full = replace(window, segment_len=setup.tokens)
 
     def ours(sizes: LM2Config) -> Contender:

@@ -149,7 +149,10 @@ def document_logits(w, cfg, ids):
     """The logits of every token, a list of (V) vectors, and what the last segment found: for each
     block with a memory a bank of N vectors, or of an RMT one list of K memory vectors."""
     one_hot = torch.eye(cfg.n_embd, dtype=torch.float64)
-    banks = [[one_hot[n] for n in range(cfg.n_slot)] for _ in range(cfg.n_mem_layer)]
+    banks = []
+    for layer in range(cfg.n_layer):
+        has_memory = layer in cfg.mem_blocks
+        banks.append([one_hot[n] for n in range(cfg.n_slot)] if has_memory else None)
     tokens = list(w["mem_tokens"]) if cfg.n_mem_token else []  # the memory of an RMT
     segments = [ids[i : i + cfg.segment_len] for i in range(0, len(ids), cfg.segment_len)]
     logits = []
@@ -161,7 +164,7 @@ def document_logits(w, cfg, ids):
         for layer in range(cfg.n_layer):
             at = f"layers.{layer}."
             xs = [x + h for x, h in zip(xs, self_attention(w, cfg, at, xs), strict=True)]
-            if layer < cfg.n_mem_layer:
+            if banks[layer] is not None:
                 read, after = memory(w, cfg, at, xs, banks[layer])
                 xs = [x + r for x, r in zip(xs, read, strict=True)]
                 if not is_last:
@@ -173,4 +176,6 @@ def document_logits(w, cfg, ids):
         logits += [times(head, x) for x in xs[first : first + len(segment)]]
         if tokens and not is_last:
             tokens = xs[-len(tokens) :]
-    return logits, [tokens] if tokens else banks
+    if tokens:
+        return logits, [tokens]
+    return logits, [bank for bank in banks if bank is not None]

@@ -8,6 +8,7 @@ import math
 import random
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -523,6 +524,19 @@ def test_the_write_picture_shows_every_row_of_each_block_and_marks_facts(
         assert text.get_text().startswith("\u25ba") == (row.kind == "needed")
 
 
+def test_a_memory_in_the_last_block_alone_is_shown_under_its_number(fig, model, tok, doc):
+    cfg = replace(model.cfg, n_mem_layer=None, mem_blocks=(L - 1,))
+    last = LM2(cfg).eval()
+    heatmaps.draw_read(fig, last, tok, doc, None, "mean")
+    assert f"block {L - 1}," in fig.get_suptitle()
+    fig.clear()
+    heatmaps.draw_write(fig, last, tok, doc, None, "mean")
+    *panels, _ = fig.axes
+    assert [ax.get_title() for ax in panels] == [f"block {L - 1}"]
+    with pytest.raises(ValueError, match=f"--layer 0 has no memory: give {L - 1}"):
+        heatmaps.prepare(last, doc, 0)
+
+
 # ---- the command ----
 
 
@@ -585,7 +599,7 @@ ON_TEXT = ["--ckpt", "CKPT", "--text", " ".join(PROSE)]
         (["radar", "FILE"], "'lm2 on' has no qa2 qa3 qa4 qa5 qa6 qa7 qa8 qa9 qa10 at 4k"),
         (["read", "--ckpt", "none.pt"], "there is no checkpoint none.pt"),
         (["read", "--ckpt", "CKPT", "--text", "Where is Mary?"], "nothing was written"),
-        (["write", *ON_TEXT, "--layer", "2"], "--layer 2 has no memory: give a number from 0 to 1"),
+        (["write", *ON_TEXT, "--layer", "2"], "--layer 2 has no memory: give 0 or 1"),
         (["read", *ON_TEXT, "--layer", "-1"], "--layer -1 has no memory"),
         (["write", *ON_TEXT, "--head", "2"], "--head '2' is not there: give mean or a number from"),
         (["read", *ON_TEXT, "--head", "-1"], "--head '-1' is not there"),

@@ -60,7 +60,7 @@ LLAMA3 = dict(
 )
 KINDS = {
     "lm2": {},
-    "memory in one block": dict(n_mem_layer=1),
+    "memory in one block": dict(mem_blocks=(1,)),
     "llama": dict(n_mem_layer=0),
     "rmt": dict(n_mem_token=K),
 }
@@ -763,12 +763,21 @@ def test_at_positions_there_are_the_logits_loss_and_gradients_of_those_positions
 
 
 @torch.no_grad()
-def test_memory_sits_on_the_first_n_mem_layer_blocks():
-    for n in (0, 1, 2, None):
-        model = build(n_mem_layer=n)
+def test_memory_sits_on_the_blocks_that_are_named_or_on_the_first_n_mem_layer():
+    cases = [
+        (dict(), {0, 1, 2}),
+        (dict(n_mem_layer=0), set()),
+        (dict(n_mem_layer=1), {0}),
+        (dict(n_mem_layer=2), {0, 1}),
+        (dict(mem_blocks=()), set()),
+        (dict(mem_blocks=(2,)), {2}),
+        (dict(mem_blocks=[2, 0]), {0, 2}),
+    ]
+    for sizes, expected in cases:
+        model = build(n_layer=3, **sizes)
+        assert model.cfg.n_mem_layer == len(expected)
         with recording(model) as notes:
             state = model(text(1, S))[2]
-        expected = set(range(2 if n is None else n))
         assert {i for i, bank in enumerate(state.carried) if bank is not None} == expected
         names = [name for name in model.state_dict() if ".memory." in name]
         assert {int(name.split(".")[1]) for name in names} == expected
@@ -1043,6 +1052,11 @@ def test_a_checkpoint_gives_the_same_model_back(tmp_path, kind):
         (dict(n_slot=17), "n_slot 17 .*n_embd 16"),
         (dict(n_mem_layer=3), "n_mem_layer 3 .*n_layer 2"),
         (dict(n_mem_layer=-1), "n_mem_layer -1"),
+        (dict(mem_blocks=(2,)), "mem_blocks 2 names block 2: with n_layer 2 .* 0 to 1"),
+        (dict(mem_blocks=(-1,)), "mem_blocks -1 names block -1"),
+        (dict(mem_blocks=(0, 0)), "mem_blocks 0 0 names a block twice"),
+        (dict(mem_blocks=(0, 1), n_mem_layer=1), "n_mem_layer 1 and mem_blocks 0 1 differ"),
+        (dict(mem_blocks=(0,), n_mem_token=2), "n_mem_token 2 and n_mem_layer 1"),
         (dict(n_mem_token=-1), "n_mem_token -1"),
         (dict(n_mem_token=2, n_mem_layer=1), "n_mem_token 2 and n_mem_layer 1"),
         (dict(rope_theta=0.0), "rope_theta 0.0"),
@@ -1074,9 +1088,14 @@ def test_a_class_refuses_the_sizes_of_the_other():
         RMT(LM2Config(**SMALL))
 
 
+def other_model(model, **changes):
+    """A model that differs in these sizes."""
+    return build_model(replace(model.cfg, n_mem_layer=None, **changes))
+
+
 def other_state(model, rows=2, **changes):
     """The state of a model that differs in these sizes."""
-    return build_model(replace(model.cfg, **changes)).initial_state(rows)
+    return other_model(model, **changes).initial_state(rows)
 
 
 NO_IDS = torch.zeros(2, 0, dtype=torch.int64)
@@ -1142,18 +1161,19 @@ def test_a_call_that_cannot_work_is_refused_by_value_in_one_line(kind, call):
     "changes",
     [
         dict(n_layer=3),
-        dict(n_mem_layer=1),
-        dict(n_mem_layer=0),
+        dict(mem_blocks=(0,)),
+        dict(mem_blocks=(1,)),
+        dict(mem_blocks=()),
         dict(n_slot=5),
         dict(n_embd=32),
-        dict(n_mem_layer=None, n_mem_token=2),
+        dict(mem_blocks=(), n_mem_token=2),
     ],
 )
 def test_a_state_of_another_model_is_refused(changes):
     model = build()
     with pytest.raises(ValueError, match="the state carries .*, but this model"):
         model(text(2, 4), state=other_state(model, **changes))
-    other = build_model(replace(model.cfg, **changes))
+    other = other_model(model, **changes)
     with pytest.raises(ValueError, match="the state carries .*, but this model"):
         other(text(2, 4), state=model.initial_state(2))
 

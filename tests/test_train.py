@@ -204,7 +204,7 @@ def test_before_the_first_step_a_table_says_what_is_trained_on_what(trained):
     head = trained[1].split("validation")[0]
     for words in (
         f"lm2, {total:,} parameters, {memory:,} of them memory",
-        "2 blocks of width 16, 4 slots in 2 of them",
+        "2 blocks of width 16, 4 slots in each of the blocks 0 1",
         "segments of 64 tokens",
         "qa1, with the preset cpu",
         "2, from 2:0 to 3:2",
@@ -1169,12 +1169,22 @@ def test_a_preset_has_a_recipe_and_a_recipe_a_preset(preset):
         ("--n_mem_token 8", "rmt"),
         ("--preset cpu-llama", "llama"),
         ("--n_mem_layer 0 --segment_len 4096", "full"),
+        ("--mem_blocks 0", "lm2"),
+        ("--preset cpu-llama --mem_blocks 1 2", "lm2"),
     ],
 )
 def test_a_recipe_follows_the_kind_of_model_however_it_is_asked_for(argv, kind, tmp_path):
     cfg = train.read_flags([*argv.split(), "--out_dir", str(tmp_path / "x")]).cfg
     assert cfg.stages == RECIPES["qa1"][kind]["stages"]
     assert cfg.whole is (kind == "full")
+
+
+def test_where_the_memory_sits_can_be_given_in_place_of_the_presets_answer(tmp_path):
+    for preset in ("cpu", "cpu-hours"):
+        for flags, blocks in (("--mem_blocks 2 0", (0, 2)), ("--n_mem_layer 2", (0, 1))):
+            argv = ["--preset", preset, *flags.split(), "--out_dir", str(tmp_path / "x")]
+            sizes = train.read_flags(argv).sizes
+            assert LM2Config(**sizes).mem_blocks == blocks
 
 
 def test_a_run_can_start_from_the_weights_sizes_and_recipe_of_another(straight, tmp_path):
