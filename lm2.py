@@ -139,8 +139,8 @@ class LM2Config:
         for i in self.mem_blocks:
             if not 0 <= i < self.n_layer:
                 raise ValueError(
-                    f"mem_blocks {blocks} names block {i}: with n_layer {self.n_layer} give numbers "
-                    f"from 0 to {self.n_layer - 1}"
+                    f"mem_blocks {blocks} names block {i}: with n_layer {self.n_layer} give "
+                    f"numbers from 0 to {self.n_layer - 1}"
                 )
         if self.n_mem_layer not in (None, len(self.mem_blocks)):
             raise ValueError(
