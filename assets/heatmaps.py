@@ -29,7 +29,7 @@ from torch import Tensor
 from babilong_eval import answer, last_segment_start, read_before_last
 from data.document import Document
 from data.tokenizer import Tokenizer
-from lm2 import LM2
+from lm2 import LM2, State
 
 TOKENS = 40  # rows of a read: the document's last tokens
 ROWS = 60  # rows of a write, besides one for each gap: segments that do not fit are left out
@@ -64,13 +64,18 @@ def pick(x: Tensor, head: str) -> Tensor:
     return x[int(head)]
 
 
+def check_memory(model: LM2) -> None:
+    """ValueError for a model without banks."""
+    if not model.cfg.mem_blocks:
+        raise ValueError("the model has no memory: choose a checkpoint with n_mem_layer above 0")
+
+
 def prepare(model: LM2, doc: Document, layer: int | None) -> Tensor:
     """The document's prompt (1, T). ValueError where there is no memory, no such block, or nothing
     was written."""
+    check_memory(model)
     blocks = model.cfg.mem_blocks
     ids = torch.from_numpy(doc.prompt())[None]
-    if not blocks:
-        raise ValueError("the model has no memory: choose a checkpoint with n_mem_layer above 0")
     if layer is not None and layer not in blocks:
         choices = " or ".join(str(i) for i in blocks)
         raise ValueError(f"--layer {layer} has no memory: give {choices}")
@@ -87,10 +92,10 @@ def recording(model: LM2) -> Iterator[list[dict]]:
     """Record what the blocks with memory compute. Within it every call of the model adds a dict for
     each of them to the list:
 
-    layer      which block
-    g_in       (B, G-1, S, D) of the segments that are written
+    layer        which block
+    g_in         (B, G-1, S, D) of the segments that are written
     R, g_forget  lists with an item for each write: (B, HM, N, S+1), (B, N, D)
-    A, g_out   (B, G, HM, S, N), (B, G, S, D)"""
+    A, g_out     (B, G, HM, S, N), (B, G, S, D)"""
     notes = []
 
     def record(layer: int, **seen: Tensor) -> None:
@@ -131,16 +136,29 @@ def reads(model: LM2, ids: Tensor, head: str) -> tuple[Tensor, Tensor]:
     return before, after
 
 
-@torch.no_grad()
+def read_segments(model: LM2, ids: Tensor) -> Iterator[tuple[int, list[dict], Tensor, State]]:
+    """Read ids (B, T) one segment at a time, as R of a million tokens is gigabytes.
+
+    Yields for each segment where it starts, what the blocks recorded, the logits at its last token,
+    (B, vocab), and the state after it. The call that reads a segment writes the one before it."""
+    n_rows, T = ids.shape
+    S = model.cfg.segment_len
+    state = None
+    for start in range(0, T, S):
+        segment = ids[:, start : start + S]
+        n = segment.shape[1]
+        last_tokens = torch.arange(n_rows, device=ids.device) * n + n - 1
+        with torch.no_grad(), recording(model) as notes:
+            logits, _, state = model(segment, state=state, at=last_tokens)
+        yield start, notes, logits, state
+
+
 def writes(model: LM2, ids: Tensor, cuts: list[int], head: str) -> list[Written]:
     """What the slots took from each segment of ids (1, T) but the last; `cuts` is where the
     document's sentences start."""
     S = model.cfg.segment_len
     written = []
-    state = None
-    for start in range(0, ids.shape[1], S):  # one at a time: R of a million tokens is gigabytes
-        with recording(model) as notes:
-            _, _, state = model(ids[:, start : start + S], state=state, at=ids.new_zeros(0))
+    for start, notes, _, _ in read_segments(model, ids):
         if start == 0:
             continue  # the first segment is written in the second call
         first = start - S  # where the segment starts that was written now

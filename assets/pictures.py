@@ -1,16 +1,17 @@
-"""Draw the accuracy by length, the radar of task groups, or the memory on one document.
+"""Draw the accuracy by length, the radar of task groups, or what the memory does.
 
     python assets/pictures.py accuracy assets/models.json --out out/models.png
     python assets/pictures.py radar out/figures.json --length 4k --out out/radar.png
     python assets/pictures.py read --ckpt out/ckpt.pt --seed 5 --out out/read.png
     python assets/pictures.py write --ckpt out/ckpt.pt --seed 5 --out out/write.png
+    python assets/pictures.py inside out/inside.json --out out/inside.png
 
 Writes the picture to --out, a .png, .pdf or .svg. Needs matplotlib: pip install -e ".[pictures]".
 
 `accuracy` and `radar` draw what `babilong_eval.py --figures` wrote. The radar is the paper's
 Fig. 3. Models with the names NAME-0, NAME-1 and so on are seeds of one line. `read` and `write`
 draw the memory on one document, a BABILong sample or --text. See assets/heatmaps.py for how to read
-them.
+them. `inside` draws what assets/inside.py measured on many documents, and tells how to read it.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from data.common import Parser, one_line, replacing  # noqa: E402
 from data.document import Document, from_text, length_name, parse_length  # noqa: E402
 from data.tokenizer import Tokenizer, of_checkpoint  # noqa: E402
 from heatmaps import draw_read, draw_write  # noqa: E402
+from inside import READ, WEIGHTS, load_inside  # noqa: E402
 from lm2 import load_checkpoint  # noqa: E402
 from tables import (  # noqa: E402
     Cell,
@@ -53,6 +55,18 @@ STYLES = [
 ]
 SEED_DOT = dict(linestyle="", markersize=3, alpha=0.5)
 FLOOR = dict(color="0.45", linestyle="--", label="best constant answer", zorder=1.8)
+
+AVERAGE = dict(color="0.45", linestyle="--", linewidth=1, zorder=1.8)
+
+# The style of each column of assets/inside.py.
+COLUMN_STYLES = {
+    "needed facts": 0,
+    "other facts": 1,
+    "other question": 2,
+    "prose": 3,
+    "read evenly": 4,
+    "last token": 5,
+}
 
 # What the legend says of a memory mode.
 MODES = {"on": "", "off": ", memory off", "other": ", another's memory", "rag": " + retrieval"}
@@ -260,6 +274,57 @@ def draw_figures(fig, args: argparse.Namespace) -> None:
         draw_radar(fig, cells, columns, length)
 
 
+def draw_points(ax, cell: dict, columns: dict[str, str]) -> None:
+    """Draw the mean and interval of each block and column of a cell of assets/inside.py."""
+    for c, (key, label) in enumerate(columns.items()):
+        aside = 0.13 * (c - (len(columns) - 1) / 2)  # so that no bar hides another one
+        xs, means, below, above = [], [], [], []
+        for x, block in enumerate(cell["blocks"]):
+            if block[key] is not None:
+                mean, low, high = block[key]
+                xs.append(x + aside)
+                means.append(mean)
+                below.append(mean - low)
+                above.append(high - mean)
+        style = STYLES[COLUMN_STYLES[label]] | dict(linestyle="", markersize=5, capsize=3)
+        ax.errorbar(xs, means, [below, above], label=label, **style)
+    ax.set_xticks(range(len(cell["blocks"])), [block["block"] for block in cell["blocks"]])
+    ax.set_xlim(-0.5, len(cell["blocks"]) - 0.5)
+    ax.grid(axis="y", color="0.9")
+
+
+def draw_inside(fig, figures: dict) -> None:
+    """Draw what assets/inside.py measured: a row for each task, with a panel for each table."""
+    cells = figures["cells"]
+    fig.set_size_inches(8, 1.3 + 2.5 * len(cells))
+    axes = fig.subplots(len(cells), 3, squeeze=False, width_ratios=(3, 4, 3))
+    for (write, read, answer), cell in zip(axes, cells, strict=True):
+        draw_points(write, cell, WEIGHTS)
+        write.axhline(1, **AVERAGE)
+        write.set_ylim(bottom=0)
+        draw_points(read, cell, READ)
+        draw_points(answer, cell, {"right_without_needed": "needed facts"})
+        answer.axhline(cell["right"][0], **AVERAGE)
+        answer.set_ylim(0, 105)
+        n = f"n = {cell['n']}"
+        write.set_ylabel(f"{cell['task']} at {length_name(cell['length'])}, {n}")
+    titles = [
+        "write: weight of a token\n(line: the average token)",
+        "read: share of what the\nquestion reads (%)",
+        "answer: right without the\nneeded facts (%; line: with)",
+    ]
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, fontsize=10)
+    for ax in axes[-1]:
+        ax.set_xlabel("block")
+    handles = {}  # each label once
+    for ax in axes[0]:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    fig.suptitle(f"{figures['ckpt']}: means with 95 % intervals", fontsize=10)
+
+
 def document(tokenizer: Tokenizer, args: argparse.Namespace) -> Document:
     """The document of the flags: a BABILong sample, or --text with its last sentence as the
     question."""
@@ -357,6 +422,13 @@ def main(argv: list[str] | None = None) -> None:
         type=int,
         help="the number of the block, from 0 (default the last four blocks with memory)",
     )
+
+    inside = add_picture(
+        "inside",
+        lambda fig, args: draw_inside(fig, load_inside(args.figures)),
+        "what the memory writes, reads and uses, over many documents",
+    )
+    inside.add_argument("figures", metavar="FILE", help="a file that assets/inside.py --out wrote")
 
     args = parser.parse_args(argv)
     with one_line(f"python assets/pictures.py {args.picture}"):
