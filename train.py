@@ -109,7 +109,8 @@ class TrainConfig:
         QA1["stages"],
         "The curriculum, from easy to hard. Each stage is facts:segments[:tokens][@task,task]: the "
         "most facts in a document, the most segments, the tokens of a segment and the tasks. A "
-        "stage of 0 segments has facts without prose.",
+        "stage of 0 segments has facts without prose. The stage echo has lists of tokens that are "
+        "said twice.",
     )
     background: str | None = flag(
         None, "A folder of .txt files to hide facts in. Without it, Python's documentation is used."

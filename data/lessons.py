@@ -11,6 +11,9 @@ run stands in it. A *lesson* is one training document of a stage: a story, prose
 questions with their answers. Only the answers are learned. A *batch* is some lessons of the same
 length, padded on the right.
 
+The stage "echo" comes before all stories. Its documents are lists of tokens that are said twice
+(see `echo`).
+
 A batch is a function of the seed, of its number and of the stage, and of nothing else. So it does
 not matter which process makes it, how far ahead it is made, or whether the run was resumed.
 """
@@ -30,22 +33,29 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data import babi
+from data.babi import Question
 from data.babilong import Builder
 from data.common import Parser, ignore_interrupts, one_line
 from data.document import Document
-from data.tokenizer import load
+from data.tokenizer import Tokenizer, load
 
 
 @dataclass(frozen=True)
 class Stage:
     """A level of difficulty: documents of 2 to `facts` facts in 1 to `segments` segments."""
 
-    facts: int  # most facts in a document
+    facts: int  # most facts in a document; 0 in the stage "echo", which has none
     segments: int  # most segments of facts and prose; 0: the facts alone, without prose
     segment_len: int  # tokens in a segment
     tasks: tuple[str, ...] = ()  # bAbI tasks of the documents; empty: all that the run has
 
+    @property
+    def is_echo(self) -> bool:
+        return self.facts == 0
+
     def __str__(self) -> str:
+        if self.is_echo:
+            return "echo"
         text = f"{self.facts} facts"
         if self.segments:
             text += f" in {self.segments} x {self.segment_len}"
@@ -55,11 +65,14 @@ class Stage:
 
 
 def parse_stage(text: str, model_segment_len: int) -> Stage:
-    """A stage as it is written: `facts:segments`, then `:tokens` if its segments are shorter than
-    the model's, then `@task,task` if it has tasks of its own. ValueError for anything else.
+    """A stage as it is written: `echo`, or `facts:segments`, then `:tokens` if its segments are
+    shorter than the model's, then `@task,task` if it has tasks of its own. ValueError for anything
+    else.
 
     "10:8:64@qa1,qa2" has up to 10 facts in up to 8 segments of 64 tokens, of the tasks qa1 and qa2.
     A task that is named twice comes twice as often."""
+    if text == "echo":
+        return Stage(facts=0, segments=0, segment_len=model_segment_len)
     numbers, at, names = text.partition("@")
     parts = numbers.split(":")
     if (
@@ -68,8 +81,8 @@ def parse_stage(text: str, model_segment_len: int) -> Stage:
         or (at and not names)
     ):
         raise ValueError(
-            f"stage {text!r} is not a stage: write facts:segments or facts:segments:tokens, "
-            "and @task,task behind it for tasks of its own"
+            f"stage {text!r} is not a stage: write echo, facts:segments or facts:segments:tokens, "
+            "and @task,task behind the numbers for tasks of its own"
         )
     facts = int(parts[0])
     segments = int(parts[1])
@@ -122,8 +135,8 @@ class Curriculum:
     def __init__(
         self,
         stages: list[Stage],
-        leave_at: float,  # share of right answers that ends a stage with prose
-        leave_plain_at: float,  # share of right answers that ends a stage without prose
+        leave_at: float,  # share of right answers that ends a stage with prose, and "echo"
+        leave_plain_at: float,  # share of right answers that ends a stage of facts without prose
         window: int,  # the share is taken over this many latest steps on the longest documents
         max_steps: int,  # steps after which a stage ends in any case
     ):
@@ -153,7 +166,8 @@ class Curriculum:
         left = self.stage
         steps = self.steps
         share = sum(self.recent) / max(1, len(self.recent))
-        wanted = self.leave_at if left.segments else self.leave_plain_at
+        is_plain = left.segments == 0 and not left.is_echo
+        wanted = self.leave_plain_at if is_plain else self.leave_at
         is_window_full = len(self.recent) == self.recent.maxlen
         is_learned = is_window_full and share >= wanted
         if not is_learned and steps < self.max_steps:
@@ -239,6 +253,31 @@ def lesson(
     return builder.assemble(texts, questions, length, rng, asides)
 
 
+def echo(tokenizer: Tokenizer, rng: random.Random) -> Document:
+    """A list of different tokens, some tokens more, and the list again.
+
+    What is learned is the second list from its second token on. Each of these stands behind the
+    same token as in the first list. So the model learns to look back for what it has just read, and
+    to say what stood behind it there. This is known as induction (arXiv 2209.11895). A question
+    about a story needs it: the question names a person, and the answer stands behind the name."""
+    n_listed = rng.randint(6, 20)
+    n_between = rng.randint(0, 10)
+    # The first 256 ids are single bytes.
+    drawn = rng.sample(range(256, tokenizer.eot), n_listed + n_between)
+    listed = drawn[:n_listed]
+    ids = [*drawn, *listed]
+    start = len(drawn) + 1  # of the second list's second token
+    question = Question("", tokenizer.decode(listed[1:]), ())
+    return Document(
+        ids=np.array(ids),
+        answers=[(start, len(ids))],
+        questions=[question],
+        places=[],
+        texts=[],
+        cuts=[0, len(drawn)],
+    )
+
+
 class Batch(NamedTuple):
     """Some lessons, as the model takes them."""
 
@@ -313,6 +352,8 @@ class Lessons:
         """The lessons of a batch. Half of them have as many facts as they may have."""
         S = stage.segment_len
         rng = random.Random(f"{self.seed} {number}")
+        if stage.is_echo:
+            return [echo(self.builder.tokenizer, rng) for _ in range(self.batch_size)]
         size = self.batch_size
         room = (0, 0)
         if n_segments:
@@ -449,8 +490,8 @@ def marked(document: Document, tokenizer) -> str:
     end = 0
     for start, stop in document.answers:
         pieces.append(tokenizer.decode(document.ids[end:start]))
-        answer = tokenizer.decode(document.ids[start : stop - 1])
-        pieces.append(f" [{answer.strip()}|]")
+        answer = tokenizer.decode(document.ids[start:stop]).replace("<|endoftext|>", "|")
+        pieces.append(f" [{answer.strip()}]")
         end = stop
     pieces.append(tokenizer.decode(document.ids[end:]))
     return "".join(pieces).strip()
@@ -462,7 +503,7 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--stage",
         default="4:2:64",
-        help="The stage: facts:segments[:tokens][@task,task] (default 4:2:64).",
+        help="The stage: echo, or facts:segments[:tokens][@task,task] (default 4:2:64).",
     )
     add("--tasks", nargs="+", default=["qa1"], help="The bAbI tasks of the run (default qa1).")
     add("--number", type=int, default=0, help="The number of the batch (default 0).")
