@@ -93,10 +93,16 @@ def ends_of_text(ids, tok):
 
 
 def test_a_stage_is_read_as_it_is_written():
-    texts = ["2:0", "4:2:32", "10:8:64@qa1,qa2,qa2"]
+    texts = ["echo", "2:0", "4:2:32", "10:8:64@qa1,qa2,qa2"]
     stages = parse_stages(texts, 64, ["qa1", "qa2"], whole=False)
-    assert stages == [Stage(2, 0, 64), Stage(4, 2, 32), Stage(10, 8, 64, ("qa1", "qa2", "qa2"))]
+    assert stages == [
+        Stage(0, 0, 64),
+        Stage(2, 0, 64),
+        Stage(4, 2, 32),
+        Stage(10, 8, 64, ("qa1", "qa2", "qa2")),
+    ]
     assert [str(stage) for stage in stages] == [
+        "echo",
         "2 facts",
         "4 facts in 2 x 32",
         "10 facts in 8 x 64 of qa1, qa2, qa2",
@@ -108,11 +114,13 @@ def test_a_stage_is_read_as_it_is_written():
     [
         ("", "is not a stage"),
         ("4", "is not a stage"),
+        ("echo@qa1", "is not a stage"),
         ("4:x", "is not a stage"),
         ("4:-1", "is not a stage"),
         ("4:2:32:1", "is not a stage"),
         ("4:2@", "is not a stage"),
         ("1:0", "has 1 facts"),
+        ("0:0", "has 0 facts"),
         ("4:2:0", "has segments of 0 tokens"),
         ("4:2:65", "has segments of 65 tokens"),
         ("4:2@qa1,qa3", "names 'qa3', which is not among --tasks: qa1 qa2"),
@@ -154,6 +162,33 @@ def test_asked_are_the_right_answers_and_their_ends_of_text_and_nothing_else(tok
             assert asked == expected
             assert all(ids[position + 1] == target for position, target in asked.items())
             assert not any(ids[ends[-1] + 1 :])  # padding
+
+
+def test_an_echo_says_a_list_twice_and_asks_for_each_token_of_it_that_can_be_known(tok, builder):
+    lengths = set()
+    gaps = set()
+    for number in range(40):
+        lessons = new_lessons(builder)
+        stage = Stage(0, 0, 64)
+        documents = lessons.documents(stage, number, lessons.draw_n_segments(stage, number))
+        for document in documents:
+            ids = list(document.ids)
+            ((start, stop),) = document.answers
+            assert stop == len(ids)
+            n_listed = stop - start + 1
+            assert ids[-n_listed:] == ids[:n_listed]
+            first = ids[:-n_listed]
+            assert len(set(first)) == len(first)  # what stood behind a token is not in doubt
+            assert min(ids) >= 256 and max(ids) < tok.eot
+            lengths.add(n_listed)
+            gaps.add(len(first) - n_listed)
+    assert lengths == set(range(6, 21))
+    assert gaps == set(range(11))
+    _, batch = lessons[stage, 0]
+    documents = lessons.documents(stage, 0, 0)
+    assert batch.is_word.all() and batch.is_longest
+    asked = [token for document in documents for token in document.ids[slice(*document.answers[0])]]
+    assert batch.targets.tolist() == asked
 
 
 @pytest.mark.parametrize(
@@ -506,6 +541,9 @@ def test_a_stage_without_prose_has_a_share_of_its_own_and_the_last_one_is_never_
         curriculum.advance()
         numbers.append(curriculum.number)
     assert numbers == [0, 1, 2, 2]
+    echo = Curriculum([Stage(0, 0, 64), Stage(2, 0, 64)], 0.7, 0.9, 4, 50)
+    echo.recent.extend([0.8] * 4)
+    assert echo.advance() == "echo 80% after 0 steps, now 2 facts"
     assert curriculum.is_last
     curriculum.steps = 10_000
     assert curriculum.advance() is None
