@@ -272,6 +272,12 @@ class Attention(nn.Module):
         )
         return self.wo(y[..., :width].transpose(1, 2).flatten(-2))
 
+    def undo_values(self, scale: float) -> None:
+        """Set wo to the transpose of wv, times a scale. Then wo(wv(x)) is about scale * x."""
+        n_shared = self.wq.out_features // self.wv.out_features  # query heads of one value head
+        by_head = self.wv.weight.unflatten(0, (-1, self.width)).repeat_interleave(n_shared, dim=0)
+        self.wo.weight.copy_(scale * by_head.flatten(0, 1).T)  # (D, D)
+
     def next_tokens(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
         """x (B, n, D) -> (B, n, D). Adds the k and v of x to the cache. If the cache is empty, x is
         all of the open segment; otherwise it is the one token after those in the cache."""
@@ -477,7 +483,8 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Normal weights of standard deviation 1/sqrt(fan-in), times 1/sqrt(2 L) where the result
-        is added to the residual stream. (In a memory that is wv: `w_out` is a gate.)
+        is added to the residual stream. (In a memory that is wv: `w_out` is a gate.) Then what
+        `start_as_a_copier` changes.
 
         A subclass calls it when all its parameters are there."""
         for name, p in self.named_parameters():
@@ -494,8 +501,23 @@ class Decoder(nn.Module):
         self.tok_embeddings.weight.normal_()
         if self.cfg.n_mem_token:
             self.mem_tokens.normal_()  # of an RMT: as large as the normed outputs that follow it
-        # Last, so that tied embeddings start with the head's small values.
-        self.output.weight.normal_(std=0.02)
+        self.start_as_a_copier()
+
+    def start_as_a_copier(self) -> None:
+        """Let the model begin where to copy a token is a small step.
+
+        paper silent: to find a token and to say it again takes several parts, and none is of use
+        without the others. With this start it is learned in half of the steps."""
+        # All tokens share a part. Queries and keys that are made of it depend on positions alone,
+        # so a head can attend to the token before, whichever it is.
+        shared = torch.randn_like(self.tok_embeddings.weight[0])
+        self.tok_embeddings.weight.add_(shared)
+        # Behind the first block, wo undoes wv: heads bring the token that they attend to.
+        for block in self.layers[1:]:
+            block.attention.undo_values(scale=2 * (2 * self.cfg.n_layer) ** -0.5)
+        # The head is a small copy of the embedding: what is brought is said. (Last, as it makes
+        # tied embeddings small.)
+        self.output.weight.copy_(0.02 * self.tok_embeddings.weight)
 
     @property
     def precise_dtype(self) -> torch.dtype:

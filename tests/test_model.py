@@ -958,14 +958,16 @@ def test_weights_start_with_the_stated_spread(n_mem_token):
     torch.manual_seed(0)
     sizes = dict(vocab_size=512, n_head=8, n_kv_head=4, n_embd=128, ffn_dim=320, n_layer=4)
     model = build_model(LM2Config(**sizes, n_slot=8, n_mem_head=4, n_mem_token=n_mem_token))
-    special = {"tok_embeddings.weight": 1.0, "mem_tokens": 1.0, "output.weight": 0.02}
+    copier = ["tok_embeddings.weight", "output.weight"]  # see the next test
+    copier += [f"layers.{i}.attention.wo.weight" for i in (1, 2, 3)]
     into_stream = ("attention.wo.weight", "feed_forward.w2.weight", "memory.wv.weight")
     for name, p in model.named_parameters():
+        if name in copier:
+            continue
         if p.ndim == 2:
-            std = p.shape[1] ** -0.5
+            std = 1.0 if name == "mem_tokens" else p.shape[1] ** -0.5
             if name.endswith(into_stream):
                 std /= math.sqrt(2 * 4)  # L = 4
-            std = special.get(name, std)
             assert p.std().item() == pytest.approx(std, rel=0.04), name
             assert abs(p.mean().item()) < 0.04 * std, name
         elif not name.endswith("null"):
@@ -973,10 +975,30 @@ def test_weights_start_with_the_stated_spread(n_mem_token):
             assert (p == constant).all(), name
 
 
+@pytest.mark.parametrize("n_kv_head", [8, 4, 1])
+def test_a_model_starts_as_a_copier(n_kv_head):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=2048, n_head=8, n_kv_head=n_kv_head, n_embd=128, n_layer=3)
+    model = LM2(LM2Config(**sizes))
+    table = model.tok_embeddings.weight.detach()
+    shared = table.mean(dim=0)
+    assert shared.std().item() == pytest.approx(1, rel=0.2)
+    assert (table - shared).std().item() == pytest.approx(1, rel=0.02)
+    assert torch.equal(model.output.weight, 0.02 * table)
+    # What a head brings of a token points to where the token does, but not in the first block.
+    x = torch.randn(100, 128)
+    for i, block in enumerate(model.layers):
+        width, n_shared = 16, 8 // n_kv_head
+        v = block.attention.wv(x).unflatten(-1, (-1, width)).repeat_interleave(n_shared, dim=-2)
+        brought = block.attention.wo(v.flatten(-2))
+        along = torch.cosine_similarity(x, brought, dim=-1).mean().item()
+        assert along > 0.3 if i else abs(along) < 0.1
+
+
 def test_a_tied_table_starts_as_a_head():
     model = LM2(LM2Config(vocab_size=512, tie_embeddings=True))
     assert model.output.weight is model.tok_embeddings.weight
-    assert model.output.weight.std().item() == pytest.approx(0.02, rel=0.04)
+    assert model.output.weight.std().item() == pytest.approx(0.02 * 2**0.5, rel=0.1)
 
 
 @pytest.mark.parametrize("kind, tied", [("lm2", True), ("rmt", False)])
