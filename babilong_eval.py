@@ -20,6 +20,7 @@ benchmark's own metric with its faults: a perfect model gets about 53 % on qa7, 
 the label "one".
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -35,6 +36,7 @@ import torch
 from tqdm import tqdm
 
 from data.babi import TASKS
+from data.babi import names as babi_names
 from data.babilong import COUNTS, Builder, Samples, generated
 from data.common import (
     Parser,
@@ -243,16 +245,19 @@ def evaluate(
     name: str = "lm2",
     done: set[Key] = frozenset(),
     show: bool = False,
+    names: str = "own",
 ) -> Iterator[list[dict]]:
     """Yield the predictions of these cells, batch by batch. Those in `done` are not asked again.
 
     A prediction has model, task, length, i, memory, question, target, output, outside (whether all
-    needed facts lie before the last segment), found (whether retrieval has them) and seconds.
+    needed facts lie before the last segment), found (whether retrieval has them) and seconds. It
+    has names, too, if these are not bAbI's own.
 
     rag         how many sentences mode `rag` reads
     max_tokens  A batch has at most this many tokens of prompts. One document always goes, or two if
                 "other" is among the modes
-    show        show a progress bar where standard error is a terminal"""
+    show        show a progress bar where standard error is a terminal
+    names       the names in the samples, see --names"""
     was_training = model.training
     model.eval()
     bar = tqdm(
@@ -294,6 +299,8 @@ def evaluate(
                             found=found[j],
                             seconds=round(seconds, 5),
                         )
+                        if names != "own":
+                            row["names"] = names
                         rows.append(row)
                 yield rows
             bar.update(length * len(batch))
@@ -333,19 +340,36 @@ LABELS = {
 }
 
 
-def official_score(task: str, target: str, output: str, question: str) -> bool:
+@functools.cache
+def labels_of_renamed(task: str, target: str) -> list[str]:
+    """The labels where stories have other names (data/babi/names.py): the benchmark's own for the
+    task, and all names of the target's kind, if it is a name."""
+    labels = list(LABELS[task])
+    for own, others in babi_names.KINDS:
+        kind = {*own, *others}
+        if kind & set(target.split(",")):
+            labels.extend(kind)
+    return labels
+
+
+def official_score(
+    task: str, target: str, output: str, question: str, is_renamed: bool = False
+) -> bool:
     """The benchmark's published metric, faults included ("none" holds "one", "know" holds "no").
 
     A label counts as given if it is a substring of the output's first sentence and not of the
     question. The target has to be the one label given. If the target has commas, every part of it
-    has to be given, and no label besides."""
+    has to be given, and no label besides.
+
+    is_renamed  whether the story has other names than the benchmark's, which are labels then"""
+    labels = labels_of_renamed(task, target) if is_renamed else LABELS[task]
     output = output.lower()
     target = target.lower()
     question = question.lower()
     for end in (".", "<context>", "<example>"):
         output, _, _ = output.partition(end)
     given = set()
-    for label in LABELS[task]:
+    for label in labels:
         label = label.lower()
         if label in output and label not in question:
             given.add(label)
@@ -366,7 +390,8 @@ def score(metric: str, row: dict) -> bool:
     """Whether a prediction is right by a metric, "exact" or "official"."""
     if metric == "exact":
         return exact_match(row["target"], row["output"])
-    return official_score(row["task"], row["target"], row["output"], row["question"])
+    is_renamed = row.get("names", "own") != "own"
+    return official_score(row["task"], row["target"], row["output"], row["question"], is_renamed)
 
 
 def count_right(metric: str, rows: list[dict]) -> int:
@@ -711,6 +736,8 @@ FIELDS = dict(  # the fields of an answer, and of what types they may be
     seconds=(int, float),
 )
 DEFAULTS = dict(model="lm2", found=None, seconds=0.0)  # the fields that older files lack
+# The settings that a file leaves out, and what they are then.
+UNSAID = dict(names="own")
 
 
 def key_of(row: dict) -> Key:
@@ -732,6 +759,7 @@ def is_prediction(row: object) -> bool:
         if name not in row or type(row[name]) not in types:
             return False
     is_known = row["task"] in LABELS and row["memory"] in MODES
+    is_known = is_known and row.get("names", "own") in babi_names.CHOICES
     return is_known and row["length"] >= 0 and row["i"] >= 0
 
 
@@ -867,8 +895,8 @@ def check_settings(
             # differ in the model's name and checkpoint alone.
             new = settings[0] | dict(model=model, checkpoint=old.get("checkpoint"))
         for name in dict.fromkeys([*new, *old]):  # each name once, in order
-            have = old.get(name, "missing")
-            want = new.get(name, "missing")
+            have = old.get(name, UNSAID.get(name, "missing"))
+            want = new.get(name, UNSAID.get(name, "missing"))
             if have != want:
                 raise ValueError(
                     f"{path} has answers of {model} with {name} {have}, not {want}: {mend}"
@@ -990,6 +1018,13 @@ def read_flags(argv: list[str] | None):
         help="What a length counts: the model's tokens, GPT-2's, or 4.4 characters. With the last "
         "two 4k is 3,700, as in the published files (default own).",
     )
+    add(
+        "--names",
+        default="own",
+        choices=babi_names.CHOICES,
+        help="The names in generated stories: bAbI's own, the many of training with --names many, "
+        "or unseen ones, which no training has (default own).",
+    )
     add("--seed", type=int, default=0, help="The seed of the samples (default 0).")
     add(
         "--max_tokens",
@@ -1036,6 +1071,11 @@ def read_flags(argv: list[str] | None):
     if (args.source == "generated") != (args.path is None):
         parser.error(
             f"--source {args.source} with --path {args.path}: --path belongs to babi and babilong"
+        )
+    if args.names != "own" and args.source != "generated":
+        parser.error(
+            f"--names {args.names} with --source {args.source}: only generated stories can have "
+            "other names, leave one of the two out"
         )
     args.modes = []
     for mode in MODES:
@@ -1145,7 +1185,7 @@ def read_source(args, tokenizer: Tokenizer, longest: int) -> tuple[Samples, str 
     longest  the length of the longest sample in tokens"""
     if args.source == "babilong":
         return Downloaded(args.path, tokenizer), None
-    builder = Builder(tokenizer, "val", args.background, None, args.path, args.count)
+    builder = Builder(tokenizer, "val", args.background, None, args.path, args.count, args.names)
     n_tokens = len(builder.prose)
     print(f"background of {n_tokens:,} tokens, {builder.chars_per_token:.2f} characters each")
     if args.source == "babi":
@@ -1198,7 +1238,7 @@ def settings_of(args, loaded: Loaded, background: str | None) -> dict:
     """What the answers of a model depend on.
 
     background  a fingerprint of the background's text, None for published samples"""
-    return dict(
+    settings = dict(
         model=loaded.name,
         checkpoint=loaded.digest,
         source=args.source,
@@ -1209,6 +1249,9 @@ def settings_of(args, loaded: Loaded, background: str | None) -> dict:
         rag=args.rag,
         bfloat16=loaded.model.norm.weight.is_cuda,
     )
+    if args.names != "own":  # see UNSAID
+        settings["names"] = args.names
+    return settings
 
 
 def run(args) -> None:
@@ -1271,6 +1314,7 @@ def run(args) -> None:
             loaded.name,
             predictions.done,
             show=True,
+            names=args.names,
         ):
             predictions.add(rows)
     print(f"it took {(time.perf_counter() - began) / 60:.1f} minutes\n")

@@ -60,7 +60,8 @@ class LM2Config:
     n_slot: int = 16  # N, memory slots of a block
     n_mem_head: int = 8  # HM, heads of the memory's cross-attention
     n_mem_layer: int | None = None  # how many blocks have a memory; None: all
-    mem_blocks: tuple[int, ...] | None = None  # which ones, from 0 on; None: the first n_mem_layer
+    mem_blocks: tuple[int, ...] | None = None  # which ones: 0 is the first, -1 the last; None: the
+    # first n_mem_layer
     n_mem_token: int = 0  # memory tokens of an RMT (arXiv 2207.06881), which has no banks
     rope_theta: float = 10000.0  # base of the rotary angles
     rope_scaling: dict | None = None  # as in Llama 3.1, with the four keys of its config
@@ -130,22 +131,26 @@ class LM2Config:
                 )
 
     def check_mem_blocks(self) -> None:
-        """ValueError if mem_blocks names a block twice, or one that is not there, or if n_mem_layer
-        is another number than it has."""
-        self.mem_blocks = tuple(sorted(self.mem_blocks))
-        blocks = " ".join(str(i) for i in self.mem_blocks)
-        if len(set(self.mem_blocks)) < len(self.mem_blocks):
-            raise ValueError(f"mem_blocks {blocks} names a block twice")
+        """Write mem_blocks as increasing numbers from 0 on, whatever order or sign they came in.
+
+        ValueError if it names a block twice, or one that is not there, or if n_mem_layer is another
+        number than it has."""
+        given = " ".join(str(i) for i in self.mem_blocks)
+        blocks = []
         for i in self.mem_blocks:
-            if not 0 <= i < self.n_layer:
+            if not -self.n_layer <= i < self.n_layer:
                 raise ValueError(
-                    f"mem_blocks {blocks} names block {i}: with n_layer {self.n_layer} give "
-                    f"numbers from 0 to {self.n_layer - 1}"
+                    f"mem_blocks {given} names block {i}: with n_layer {self.n_layer} give "
+                    f"numbers from 0 to {self.n_layer - 1}, or -1 for the last"
                 )
-        if self.n_mem_layer not in (None, len(self.mem_blocks)):
+            blocks.append(i % self.n_layer)
+        if len(set(blocks)) < len(blocks):
+            raise ValueError(f"mem_blocks {given} names a block twice")
+        if self.n_mem_layer not in (None, len(blocks)):
             raise ValueError(
-                f"n_mem_layer {self.n_mem_layer} and mem_blocks {blocks} differ: set one of the two"
+                f"n_mem_layer {self.n_mem_layer} and mem_blocks {given} differ: set one of the two"
             )
+        self.mem_blocks = tuple(sorted(blocks))
 
 
 @dataclass

@@ -118,6 +118,11 @@ class TrainConfig:
     stories: str | None = flag(
         None, "A folder of original bAbI files. Without it, stories are generated."
     )
+    names: str = flag(
+        "own",
+        "The names of people, rooms and things in the training documents: own for bAbI's own "
+        "alone, many for many more. The evaluation has bAbI's own in any case.",
+    )
     plain: float = flag(0.1, "This share of the batches has no prose, in stages that have prose.")
     asides: int = flag(
         3, "A training document may ask questions before its end, at up to this many places."
@@ -222,6 +227,8 @@ class TrainConfig:
             raise ValueError(
                 f"--stories {self.stories} is no folder: name one with _train and _test files"
             )
+        if self.names not in ("own", "many"):
+            raise ValueError(f"--names {self.names!r} is unknown: choose own or many")
         if not self.tasks:
             raise ValueError(f"--tasks is empty: choose from {' '.join(TASKS)}")
         for task in self.tasks:
@@ -260,6 +267,9 @@ SIZE_FLAGS = dict(
     n_mem_layer="The number of blocks with a memory, from the first on. 0 makes a Llama.",
     n_mem_token="The number of memory tokens. More than 0 makes an RMT, which has no slots.",
 )
+
+# Settings that older checkpoints lack, with the values that their runs had.
+MISSING_IN_OLDER = dict(names="own")
 
 # What may change where a run is resumed: how it is computed, stopped and evaluated, and where the
 # same texts lie.
@@ -343,7 +353,8 @@ def read_flags(argv: list[str] | None) -> Flags:
         nargs="+",
         type=int,
         metavar="INT",
-        help="The numbers of the blocks with a memory, instead of --n_mem_layer. The first is 0.",
+        help="The numbers of the blocks with a memory, instead of --n_mem_layer. The first is 0, "
+        "the last is -1.",
     )
     given = {}
     for name, value in vars(parser.parse_args(argv)).items():
@@ -402,8 +413,9 @@ def settings_to_resume(given: dict) -> TrainConfig:
     _, content = load_checkpoint(path)
     if not {"train", "optimizer", "progress"} <= set(content):
         raise ValueError(f"{path} holds a model but no training to resume")
+    settings = MISSING_IN_OLDER | content["train"]
     known = {f.name for f in fields(TrainConfig)}
-    odd = known ^ set(content["train"])
+    odd = known ^ set(settings)
     if odd:
         raise ValueError(
             f"{path} was written by a train.py of other flags ({', '.join(sorted(odd))}): train "
@@ -412,7 +424,7 @@ def settings_to_resume(given: dict) -> TrainConfig:
     anew = dict(out_dir=str(path.parent), minutes=None)  # the limit was that of an earlier call
     if dist.is_torchelastic_launched():
         anew["processes"] = None  # torchrun has its own
-    return TrainConfig(**content["train"] | anew | given)
+    return TrainConfig(**settings | anew | given)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1144,7 +1156,7 @@ def make_data(cfg: TrainConfig, tokenizer: Tokenizer) -> tuple[Builder, Builder]
 
     ValueError for files, tasks or lengths that cannot be, before any time is spent."""
     documents = background.documents(cfg.background)
-    train_set = Builder(tokenizer, "train", cfg.background, documents, cfg.stories)
+    train_set = Builder(tokenizer, "train", cfg.background, documents, cfg.stories, names=cfg.names)
     val_set = Builder(tokenizer, "val", cfg.background, documents, cfg.stories)
     check_cells(generated(val_set, cfg.seed), cfg.tasks, cfg.lengths)
     for task in cfg.tasks:
@@ -1194,6 +1206,9 @@ def describe(
     shared_by = f"{processes.train_threads} threads" if processes.train_threads > 1 else "1 thread"
     if processes.n > 1:
         shared_by = f"{processes.n} processes of {shared_by}"
+    tasks = " ".join(cfg.tasks)
+    if cfg.names == "many":
+        tasks += ", with many names in training"
     prose = cfg.background or "Python's documentation"
     end = f"{cfg.tokens / 1e6:,.1f} M tokens"
     if cfg.final_tokens < cfg.tokens:
@@ -1205,7 +1220,7 @@ def describe(
         ("", f"{sizes.n_layer} blocks of width {sizes.n_embd}, {remembers}"),
         ("", f"segments of {sizes.segment_len} tokens"),
         ("recipe", f"{cfg.recipe}, with the preset {cfg.preset}"),
-        ("tasks", " ".join(cfg.tasks)),
+        ("tasks", tasks),
         ("stages", f"{len(cfg.stages)}, from {cfg.stages[0]} to {cfg.stages[-1]}"),
         ("prose", f"{prose}: {len(train_set.prose):,} tokens to train on,"),
         (

@@ -22,6 +22,7 @@ import numpy as np
 import tiktoken
 
 from data import babi, background
+from data.babi import names as babi_names
 from data.common import Parser, one_line
 from data.document import Document, join, parse_length
 from data.tokenizer import Tokenizer, load
@@ -32,6 +33,7 @@ CHARS = 4.4  # a token of GPT-2 stands for about this many characters of English
 # A published context has this many GPT-2 tokens less than its name says: "4k" has 3,700.
 PUBLISHED_SHORTFALL = 300
 MIN_GPT2_TOKENS = 10  # the benchmark drops shorter sentences of background
+MAX_ENCODED = 20_000  # sentences whose ids a builder keeps: some megabytes
 
 # Questions that are asked within the context, each with the number of facts before it.
 Asides = Sequence[tuple[int, babi.Question]]
@@ -43,6 +45,11 @@ def story_part(texts: Sequence[str]) -> str:
     if int.from_bytes(digest, "little") % VAL_SHARE == 0:
         return "val"
     return "train"
+
+
+def renamed(question: babi.Question, rename: Callable[[str], str]) -> babi.Question:
+    """The question with other names in its text and in its answer."""
+    return question._replace(text=rename(question.text), answer=rename(question.answer))
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
@@ -66,11 +73,14 @@ class Builder:
                files for "val". None for generated stories
     count      the unit of a length: "own" for a token of the model, "gpt2" for a token of GPT-2,
                "chars" for 4.4 characters
+    names      the names in generated stories, see data/babi/names.py: "own" for bAbI's own, "many"
+               for those of lessons, "unseen" for those that no lesson has
 
     *Size* is measured in the unit of `count`. With "chars" it may be a fraction. With "gpt2" and
     "chars" a context of 4k has a size of 3,700, as in the published files.
 
-    ValueError if the background cannot be used, or if GPT-2's encoding is needed and missing."""
+    ValueError if the background cannot be used, if GPT-2's encoding is needed and missing, or if
+    stories that are read are to have other names."""
 
     def __init__(
         self,
@@ -80,11 +90,17 @@ class Builder:
         documents: list | None = None,
         stories: str | None = None,
         count: str = "own",
+        names: str = "own",
     ):
+        if names != "own" and stories is not None:
+            raise ValueError(
+                f"--names {names} is for generated stories alone: leave --stories {stories} out"
+            )
         self.tokenizer = tokenizer
         self.part = part
         self.stories = stories
         self.count = count
+        self.names = names
         self.gpt2 = gpt2_encoding() if count == "gpt2" else None
         self.encoded = {}  # a sentence of a story -> its ids and its size
         self.questions_read = {}  # a task -> what `read_questions` returned for it
@@ -131,8 +147,11 @@ class Builder:
     def encode(self, sentence: str) -> tuple[np.ndarray, float]:
         """The ids and the size of a sentence of a story, with a space before it.
 
-        Stories repeat few sentences again and again, so the results are kept."""
+        Stories repeat few sentences again and again, so the results are kept. With many names
+        there are more sentences than can be kept, so all are dropped when they are too many."""
         if sentence not in self.encoded:
+            if len(self.encoded) >= MAX_ENCODED:
+                self.encoded.clear()
             text = " " + sentence
             ids = np.array(self.tokenizer.encode(text), dtype=np.int64)
             self.encoded[sentence] = ids, self.size(text, ids)
@@ -159,7 +178,14 @@ class Builder:
                   most facts, see `story_read`. In both cases one question is asked.
         n_asides  the most points before the last fact at which questions are asked as well. In
                   stories that are read there are none
-        tasks     other tasks that may ask about a generated story, too"""
+        tasks     other tasks that may ask about a generated story, too
+
+        ValueError for a task whose stories cannot have the builder's names."""
+        if self.names != "own" and task not in babi_names.RENAMED:
+            raise ValueError(
+                f"--names {self.names} does not fit {task}: choose tasks from "
+                f"{' '.join(babi_names.RENAMED)}, or --names own"
+            )
         if self.stories is not None:
             facts, question = self.story_read(task, n_facts, rng)
             return facts, [question], []
@@ -196,6 +222,14 @@ class Builder:
             n_asked = 1 + int(rng.random() * len(possible))
             for question in possible[:n_asked]:
                 asides.append((point, question))
+
+        # The names come last, so that a story has the same plot under all names. A story's part
+        # was decided by its own names.
+        if self.names != "own":
+            rename = babi_names.renamer(self.names, rng)
+            texts = [rename(text) for text in texts]
+            questions = [renamed(question, rename) for question in questions]
+            asides = [(point, renamed(question, rename)) for point, question in asides]
         return texts, questions, asides
 
     def story_read(
@@ -380,10 +414,19 @@ def main(argv: list[str] | None = None) -> None:
         help="What a length counts: the model's own tokens, those of GPT-2, or 4.4 characters "
         "for each token (default own).",
     )
+    add(
+        "--names",
+        default="own",
+        choices=babi_names.CHOICES,
+        help="The names in a generated story: bAbI's own, those of lessons with many names, or "
+        "those that no lesson has (default own).",
+    )
     add("--seed", type=int, default=0, help="The seed of the sample (default 0).")
     args = parser.parse_args(argv)
     with one_line("python -m data.babilong"):
-        builder = Builder(load(), args.part, args.background, None, args.stories, args.count)
+        builder = Builder(
+            load(), args.part, args.background, None, args.stories, args.count, args.names
+        )
         rng = random.Random(args.seed)
         document = builder.sample(args.task, parse_length(args.length), rng)
         prompt = document.prompt()

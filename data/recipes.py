@@ -15,7 +15,7 @@ results.
 
 # Sizes
 
-CPU = dict(n_layer=3, rope_theta=1000.0)  # 0.5 M parameters
+CPU = dict(n_layer=3, mem_blocks=(-1,), rope_theta=1000.0)  # 0.44 M parameters
 CPU_HOURS = dict(  # 1.1 M
     n_layer=4, n_head=6, n_embd=96, ffn_dim=256, n_mem_head=6, rope_theta=1000.0
 )
@@ -26,9 +26,9 @@ GPU = dict(
 # A baseline has a wider MLP in place of the memory, so that it has as many parameters.
 PRESETS: dict[str, dict] = {
     "cpu": CPU,
-    "cpu-rmt": dict(CPU, n_mem_token=16, ffn_dim=325),
-    "cpu-llama": dict(CPU, n_mem_layer=0, ffn_dim=327),
-    "cpu-full": dict(CPU, n_mem_layer=0, ffn_dim=327, segment_len=16384),
+    "cpu-rmt": dict(CPU, mem_blocks=(), n_mem_token=16, ffn_dim=225),
+    "cpu-llama": dict(CPU, mem_blocks=(), ffn_dim=226),
+    "cpu-full": dict(CPU, mem_blocks=(), ffn_dim=226, segment_len=16384),
     "cpu-hours": CPU_HOURS,
     "cpu-hours-rmt": dict(CPU_HOURS, n_mem_token=4, ffn_dim=481),
     "cpu-hours-llama": dict(CPU_HOURS, n_mem_layer=0, ffn_dim=482),
@@ -91,6 +91,8 @@ NO_EARLY_END = 4_000_000_000  # final_tokens of a run that shall see all of its 
 QA1 = dict(
     preset="cpu",
     stages=(
+        # To look back for a token, and to say what stood behind it.
+        "echo",
         # Inside the window, without prose: who is where, and which of two sentences is the latest.
         "2:0",
         "4:0",
@@ -112,7 +114,7 @@ QA1_LLAMA = dict(
     QA1,
     tokens=8_000_000,  # as many as LM2's, of whose three seeds this is the median
     final_tokens=NO_EARLY_END,
-    stages=("2:0", "4:0", "10:0", "10:1"),
+    stages=("echo", "2:0", "4:0", "10:0", "10:1"),
 )
 QA1_FULL = dict(
     QA1,
@@ -121,7 +123,17 @@ QA1_FULL = dict(
     whole=True,
     table_lengths=("0k", "1k", "2k", "4k"),  # it takes long for longer ones
     table_n=100,
-    stages=("2:0", "4:0", "10:0", "10:1:128", "10:2:128", "10:4:128", "10:8:128", "10:16:128"),
+    stages=(
+        "echo",
+        "2:0",
+        "4:0",
+        "10:0",
+        "10:1:128",
+        "10:2:128",
+        "10:4:128",
+        "10:8:128",
+        "10:16:128",
+    ),
 )
 
 

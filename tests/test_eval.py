@@ -672,6 +672,7 @@ def another(tok, tmp_path_factory):
         ("checkpoint ", ["--ckpt", "{}/ckpt.pt"]),
         ("rag 2, not 3", ["--rag", "3"]),
         ("source generated, not babi", ["--source", "babi", "--path", "{}"]),
+        ("names own, not unseen", ["--names", "unseen"]),
         ("seed 0, not 1", ["--seed", "1", "--ckpt", "twin={}/ckpt.pt"]),  # no other questions
     ],
 )
@@ -687,6 +688,28 @@ def test_a_run_of_other_settings_does_not_go_on(denied, whole, copy, another, se
 def test_a_file_that_lacks_a_setting_is_not_gone_on_from(denied, copy):
     copy.write_bytes(copy.read_bytes().replace(b'"count": "own", ', b"", 1))
     assert f"{copy} has answers of lm2 with count missing, not own" in denied(*FULL, "--out", copy)
+
+
+def test_answers_to_unseen_names_are_scored_by_these_and_not_mixed_with_others(cli, denied, out):
+    cli(*SHORT, "--n", "6", "--names", "unseen", "--out", out)
+    rows = load(out)
+    assert "with names unseen, not own" in denied(*SHORT, "--out", out)
+    for row in rows:
+        assert row["target"] not in LABELS["qa1"]
+        row["output"] = row["target"]
+    save(rows, out)
+    (cell,) = to_cells(load(out))
+    assert cell["n"] == cell["exact"] == cell["official"] == 6
+    for row in rows:
+        del row["names"]
+    (cell,) = to_cells(rows)
+    assert (cell["exact"], cell["official"]) == (6, 0), "under own names these are no labels"
+    for row in rows:
+        row["names"] = "unseen"
+        row["output"] = "kitchen"
+    (cell,) = to_cells(rows)
+    assert cell["exact"] == cell["official"] == 0
+    assert cell["floor"] == cell["floor_official"] > 0
 
 
 def test_answers_without_settings_are_shown_and_not_gone_on_from(cli, denied, out):
@@ -782,6 +805,8 @@ def test_an_evaluation_asks_and_prints_what_its_docstring_says(cli, model, tok, 
         (["--memory", "on", "other", "--lengths", "0k", "100:1"], "--memory other"),
         (["--rag", "-1"], "--rag -1"),
         (["--source", "babi"], "--source babi"),
+        (["--source", "babi", "--path", "x", "--names", "many"], "--names many with --source babi"),
+        (["--names", "unseen", "--tasks", "qa20"], "does not fit qa20"),
         (["--path", "x"], "--path x"),
         (["--source", "babi", "--path", "no/babi"], "no/babi"),
         (["--source", "babilong", "--path", "no/long"], "no/long"),

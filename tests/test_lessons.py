@@ -428,7 +428,7 @@ def test_workers_leave_ctrl_c_to_the_process_that_they_work_for_and_end_with_it(
 @pytest.fixture
 def show(builder, monkeypatch, capsys):
     """show(*flags) runs the command -> what it prints, and the batch that it has made for it."""
-    monkeypatch.setattr("data.lessons.Builder", lambda *_: builder)
+    monkeypatch.setattr("data.lessons.Builder", lambda *_, **names: builder)
     batches = []
     look_up = Lessons.__getitem__
 

@@ -772,6 +772,8 @@ def test_memory_sits_on_the_blocks_that_are_named_or_on_the_first_n_mem_layer():
         (dict(mem_blocks=()), set()),
         (dict(mem_blocks=(2,)), {2}),
         (dict(mem_blocks=[2, 0]), {0, 2}),
+        (dict(mem_blocks=(-1,)), {2}),
+        (dict(mem_blocks=(-1, -3)), {0, 2}),
     ]
     for sizes, expected in cases:
         model = build(n_layer=3, **sizes)
@@ -1074,8 +1076,9 @@ def test_a_checkpoint_gives_the_same_model_back(tmp_path, kind):
         (dict(n_slot=17), "n_slot 17 .*n_embd 16"),
         (dict(n_mem_layer=3), "n_mem_layer 3 .*n_layer 2"),
         (dict(n_mem_layer=-1), "n_mem_layer -1"),
-        (dict(mem_blocks=(2,)), "mem_blocks 2 names block 2: with n_layer 2 .* 0 to 1"),
-        (dict(mem_blocks=(-1,)), "mem_blocks -1 names block -1"),
+        (dict(mem_blocks=(2,)), "mem_blocks 2 names block 2: with n_layer 2 .* 0 to 1, or -1"),
+        (dict(mem_blocks=(-3,)), "mem_blocks -3 names block -3"),
+        (dict(mem_blocks=(1, -1)), "mem_blocks 1 -1 names a block twice"),
         (dict(mem_blocks=(0, 0)), "mem_blocks 0 0 names a block twice"),
         (dict(mem_blocks=(0, 1), n_mem_layer=1), "n_mem_layer 1 and mem_blocks 0 1 differ"),
         (dict(mem_blocks=(0,), n_mem_token=2), "n_mem_token 2 and n_mem_layer 1"),

@@ -1280,6 +1280,15 @@ def test_a_checkpoint_of_other_flags_is_not_gone_on_with(capsys, cut, tmp_path):
     assert "other flags (colour, usual)" in err
 
 
+def test_a_checkpoint_from_before_other_names_goes_on_with_babis_own(cut, tmp_path):
+    saved = torch.load(cut / "ckpt.pt", weights_only=True)
+    assert saved["train"].pop("names") == "own"
+    torch.save(saved, tmp_path / "ckpt.pt")
+    cfg = train.settings_to_resume(dict(out_dir=str(tmp_path)))
+    anew = dict(names="own", out_dir=str(tmp_path), minutes=None)
+    assert cfg == train.TrainConfig(**saved["train"] | anew)
+
+
 def test_a_full_memory_is_told_in_one_line(capsys, folder, tmp_path, monkeypatch):
     def fail(i):
         raise RuntimeError("[enforce fail] not enough memory: you tried to allocate 9")

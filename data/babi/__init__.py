@@ -6,6 +6,7 @@ story.py    statements, questions and stories
 worlds.py   tasks 1-3 and 5-13: actors who walk about and carry objects
 puzzles.py  tasks 4 and 14-20: statements and one kind of deduction each
 tasks.py    all twenty by name, and which tasks can share a story
+names.py    other names for people, rooms and things
 files.py    reading and writing files, and the command line
 """
 
