@@ -4,7 +4,6 @@ python -m pytest tests/test_ablation.py -q
 """
 
 import json
-import shlex
 
 import pytest
 import torch
@@ -24,17 +23,20 @@ SIZES = dict(
     segment_len=6,
     n_slot=16,
     n_mem_head=2,
+    mem_blocks=(2,),
 )
 
 
 def new_model(name, sizes):
     """A model of a row, with what the row's flags change in `sizes`."""
     row = ablation.ROWS[name]
-    flags = shlex.split(row.flags)
     sizes = dict(sizes)
-    if flags[:1] != ["--stages"]:
-        for flag, value in zip(flags[::2], flags[1::2], strict=True):
-            sizes[flag.removeprefix("--")] = int(value)
+    for flag in row.flags.split("--")[1:]:
+        name, *values = flag.split()
+        if name == "mem_blocks":
+            sizes[name] = [int(value) for value in values]
+        elif name != "stages":
+            sizes[name] = int(values[0])
     torch.manual_seed(0)
     with ablation.changed(row):
         return lm2.LM2(lm2.LM2Config(**sizes))
@@ -166,7 +168,7 @@ def test_every_row_but_those_of_slots_has_the_defaults_parameters():
 
 
 def test_the_papers_update_is_that_of_plain_loops():
-    memory = tiny_model("paper Eqs. (4) to (6)").layers[0].memory
+    memory = tiny_model("paper Eqs. (4) to (6)").layers[-1].memory
     M = torch.randn(16, 64, dtype=torch.float64)
     E = torch.randn(6, 64, dtype=torch.float64)
     Q = memory.wq(E)  # (S, D)
@@ -197,7 +199,7 @@ def test_the_papers_update_is_that_of_plain_loops():
 
 @torch.no_grad()
 def test_where_forgetting_needs_no_writing_an_open_gate_keeps_the_bank_and_a_closed_one_clears_it():
-    memory = tiny_model("g_forget * M always").layers[0].memory
+    memory = tiny_model("g_forget * M always").layers[-1].memory
     M = torch.randn(1, 16, 64, dtype=torch.float64)
     E = torch.randn(1, 6, 64, dtype=torch.float64)
     written = []

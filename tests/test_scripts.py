@@ -43,6 +43,7 @@ def wild(tmp_path_factory):
     with torch.no_grad():
         for layer in model.layers:
             layer.memory.wv.weight.mul_(6)
+        model.tok_embeddings.weight.normal_()
         model.output.weight[:] = 0
         model.output.weight[-100:-1] = torch.randn(99, 16)
     path = tmp_path_factory.mktemp("wild") / "ckpt.pt"

@@ -45,7 +45,9 @@ from test_babilong import asked_in, book
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
-SIZES = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=16, ffn_dim=32, n_slot=4, n_mem_head=2)
+SIZES = dict(
+    n_layer=2, n_head=2, n_kv_head=2, n_embd=16, ffn_dim=32, n_slot=4, n_mem_head=2, n_mem_layer=2
+)
 MODEL_CFG = LM2Config(vocab_size=2048, segment_len=64, rope_theta=1000.0, **SIZES)
 MODEL = []
 for size_name, size in dict(SIZES, segment_len=64).items():
@@ -1325,4 +1327,4 @@ def test_the_help_of_every_flag_is_sentences_and_its_default(capsys):
     for text in [*helps, *train.SIZE_FLAGS.values()]:
         assert text[0].isupper() and text.endswith(".")
         assert text.replace(" ", "") in printed
-    assert "(default0.002)" in printed and "(default2:04:010:0" in printed
+    assert "(default0.002)" in printed and "(defaultecho2:04:010:0" in printed
