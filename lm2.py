@@ -478,6 +478,7 @@ class Decoder(nn.Module):
         self.recompute = False  # activation checkpointing: less RAM, a third more work
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.layers = nn.ModuleList()
+        # differs from paper: any blocks can have a memory, where the paper has one in each
         for i in range(cfg.n_layer):
             self.layers.append(Block(cfg, has_memory=i in cfg.mem_blocks))
         self.norm = nn.RMSNorm(cfg.n_embd, cfg.norm_eps)
