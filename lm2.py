@@ -1,4 +1,4 @@
-"""LM2: a Llama with a gated memory in every block (Large Memory Models, arXiv 2502.06049).
+"""LM2: a Llama whose blocks have a gated memory (Large Memory Models, arXiv 2502.06049).
 
     python train.py                    # train the small default model (CPU, minutes), writes out/
     python sample.py --prompt "..."    # let it read a prompt of any length and answer
@@ -48,7 +48,9 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 @dataclass
 class LM2Config:
-    """The sizes of a model. Raises ValueError for sizes that do not fit each other."""
+    """The sizes of a model. Raises ValueError for sizes that do not fit each other.
+
+    The default run of train.py has other sizes than these defaults: see data/recipes.py."""
 
     vocab_size: int = 2048  # tokens in the vocabulary
     n_layer: int = 4  # L, decoder blocks
@@ -59,9 +61,10 @@ class LM2Config:
     segment_len: int = 128  # S, tokens in a segment, which are all that self-attention sees
     n_slot: int = 16  # N, memory slots of a block
     n_mem_head: int = 8  # HM, heads of the memory's cross-attention
-    n_mem_layer: int | None = None  # how many blocks have a memory; None: all
-    mem_blocks: tuple[int, ...] | None = None  # which ones: 0 is the first, -1 the last; None: the
-    # first n_mem_layer
+    # Which blocks have a memory is said by one of these two. Without both it is all blocks, or none
+    # in an RMT.
+    n_mem_layer: int | None = None  # so many blocks, from the first on
+    mem_blocks: tuple[int, ...] | None = None  # their numbers: 0 is the first, -1 the last, () none
     n_mem_token: int = 0  # memory tokens of an RMT (arXiv 2207.06881), which has no banks
     rope_theta: float = 10000.0  # base of the rotary angles
     rope_scaling: dict | None = None  # as in Llama 3.1, with the four keys of its config
@@ -79,7 +82,7 @@ class LM2Config:
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.mem_blocks is not None:
-            self.check_mem_blocks()
+            self.sort_mem_blocks()
             self.n_mem_layer = len(self.mem_blocks)
         if self.n_mem_layer is None:
             self.n_mem_layer = 0 if self.n_mem_token else self.n_layer
@@ -130,11 +133,11 @@ class LM2Config:
                     f"rope_scaling: low_freq_factor {low} must be below high_freq_factor {high}"
                 )
 
-    def check_mem_blocks(self) -> None:
-        """Write mem_blocks as increasing numbers from 0 on, whatever order or sign they came in.
+    def sort_mem_blocks(self) -> None:
+        """Replace mem_blocks by its sorted numbers, counted from 0.
 
-        ValueError if it names a block twice, or one that is not there, or if n_mem_layer is another
-        number than it has."""
+        ValueError if a block is named twice, if a block does not exist, or if n_mem_layer is set to
+        another number than that of the blocks."""
         given = " ".join(str(i) for i in self.mem_blocks)
         blocks = []
         for i in self.mem_blocks:
@@ -278,8 +281,11 @@ class Attention(nn.Module):
         return self.wo(y[..., :width].transpose(1, 2).flatten(-2))
 
     def undo_values(self, scale: float) -> None:
-        """Set wo to the transpose of wv, times a scale. Then wo(wv(x)) is about scale * x."""
-        n_shared = self.wq.out_features // self.wv.out_features  # query heads of one value head
+        """Set wo to the transpose of wv, times a scale.
+
+        The columns of a random wv are nearly orthogonal and of length 1. So wo(wv(x)) is scale * x
+        and some noise. With fewer value heads than query heads the noise is larger."""
+        n_shared = self.wq.out_features // self.wv.out_features  # query heads to a value head
         by_head = self.wv.weight.unflatten(0, (-1, self.width)).repeat_interleave(n_shared, dim=0)
         self.wo.weight.copy_(scale * by_head.flatten(0, 1).T)  # (D, D)
 
@@ -488,9 +494,9 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Normal weights of standard deviation 1/sqrt(fan-in), times 1/sqrt(2 L) where the result
-        is added to the residual stream. (In a memory that is wv: `w_out` is a gate.) Then what
-        `start_as_a_copier` changes.
+        """Matrices are normal with standard deviation 1/sqrt(fan-in). It is divided by sqrt(2 L)
+        where the result is added to the residual stream. (In a memory that is wv: `w_out` is a
+        gate.) At the end `start_as_a_copier` replaces some of these values.
 
         A subclass calls it when all its parameters are there."""
         for name, p in self.named_parameters():
@@ -510,20 +516,23 @@ class Decoder(nn.Module):
         self.start_as_a_copier()
 
     def start_as_a_copier(self) -> None:
-        """Let the model begin where to copy a token is a small step.
+        """Start the weights so that copying is nearly there.
 
-        paper silent: to find a token and to say it again takes several parts, and none is of use
-        without the others. With this start the stage "echo" takes 700 to 800 steps at the default
-        sizes, and 1,100 to 1,400 without."""
-        # All tokens share a part. Queries and keys that are made of it depend on positions alone,
-        # so a head can attend to the token before, whichever it is.
+        paper silent: to copy, a model has to look at the token before, to find an earlier place
+        with the same token, to bring the token that stood there, and to say it. None of the four
+        helps alone, so training finds them late. This start makes the first easy, and gives the
+        last two. In the default run the stage "echo" takes 700 to 800 steps with it, and 1,100 to
+        1,400 without."""
+        # One random vector is added to all embeddings. Where a query and a key come from it, their
+        # score depends on the distance alone, by RoPE. So a head can learn to attend to the token
+        # before, whichever token that is.
         shared = torch.randn_like(self.tok_embeddings.weight[0])
         self.tok_embeddings.weight.add_(shared)
-        # Behind the first block, wo undoes wv: heads bring the token that they attend to.
+        # In all blocks but the first, an attention head adds to the stream what it attends to.
         for block in self.layers[1:]:
             block.attention.undo_values(scale=2 * (2 * self.cfg.n_layer) ** -0.5)
-        # The head is a small copy of the embedding: what is brought is said. (Last, as it makes
-        # tied embeddings small.)
+        # The output layer is a small copy of the embedding. So a token that is brought raises its
+        # own logit. (This comes last, as it makes tied embeddings small.)
         self.output.weight.copy_(0.02 * self.tok_embeddings.weight)
 
     @property

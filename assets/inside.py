@@ -8,22 +8,24 @@ assets/heatmaps.py draws it, shows what happened there. These are means over man
 beside what it would be if the memory did not care about the needed facts. Each block that has a
 memory has a line.
 
-write   How much weight R a token gets from the slots. 1 is the average token of the document. The
-        slots do not know the question yet, so the other facts should get as much as the needed
-        ones, and prose less. The last column is the share that all tokens of a needed fact have of
-        a slot's weight in their segment.
-read    Which share of all that the tokens of the question read comes from the needed facts. A bank
-        is a sum of what each token has given to it, so this share is exact (see `read_by_part`).
-        `last token` is their share of what the last token alone reads, as in the paper's Fig. 6.
-        Beside it stand three shares that a memory without aim would have:
-        other question  the needed facts' share when the same bank is asked for something else
-                        that the facts mention;
-        read evenly     their share if each token read all slots alike;
-        other facts     the share of equally many facts that the question does not need.
-answer  How often the answer's first token is right when the slots of this one block take nothing
-        from the tokens of the needed facts. In the last line it is all blocks, and beside it they
-        take nothing from all the other facts. Above the table stands how often the other question
-        gets another answer: hardly ever, if the model answers without regard to what is asked.
+write   R says how much the slots take from a token. The first columns have the mean R of three
+        kinds of tokens, where 1 is the average token of the document. The slots do not know the
+        question yet, so the other facts should get as much as the needed ones, and prose less. The
+        last column adds up R over all tokens of a needed fact: this part of a slot's update comes
+        from the fact.
+read    Of all that the question's tokens read, this part comes from the needed facts. A bank is a
+        sum of what each token has given to it, so the part is exact (see `read_by_part`).
+        `last token` is the same for the last token alone, as in the paper's Fig. 6. Three columns
+        are there to compare with:
+        other question  the same bank is asked for something else that the facts mention. The
+                        needed facts' part should fall;
+        read evenly     all slots are read alike. The part should be lower;
+        other facts     as many facts that the question does not need. Their part should be lower.
+answer  How often the answer's first token is right. In the line of a block, the slots of this block
+        alone take nothing from the needed facts. In the line `all`, no block takes anything from
+        the needed facts, and in its second column no block takes anything from the other facts.
+        Above the table stands how often the other question gets another answer: hardly ever, if
+        the model does not care what is asked.
 
 A sample counts if its needed facts and another one lie before the last segment, if its question
 lies in it, and if something else that the facts mention can be asked. An interval is the mean +-

@@ -43,10 +43,10 @@ from data.tokenizer import Tokenizer, load
 
 @dataclass(frozen=True)
 class Stage:
-    """A level of difficulty: documents of 2 to `facts` facts in 1 to `segments` segments."""
+    """A level of difficulty."""
 
-    facts: int  # most facts in a document; 0 in the stage "echo", which has none
-    segments: int  # most segments of facts and prose; 0: the facts alone, without prose
+    facts: int  # most facts in a document, of 2 on; 0 in the stage "echo", which has none
+    segments: int  # most segments of a document, its questions included; 0: there is no prose
     segment_len: int  # tokens in a segment
     tasks: tuple[str, ...] = ()  # bAbI tasks of the documents; empty: all that the run has
 
@@ -260,10 +260,11 @@ def echo(tokenizer: Tokenizer, rng: random.Random) -> Document:
     What is learned is the second list from its second token on. Each of these stands behind the
     same token as in the first list. So the model learns to look back for what it has just read, and
     to say what stood behind it there. This is known as induction (arXiv 2209.11895). A question
-    about a story needs it: the question names a person, and the answer stands behind the name."""
+    about a story needs a similar skill: to find the name in the story, and to say a word that comes
+    soon after."""
     n_listed = rng.randint(6, 20)
     n_between = rng.randint(0, 10)
-    # The first 256 ids are single bytes.
+    # The first 256 ids are single bytes, which a text hardly has.
     drawn = rng.sample(range(256, tokenizer.eot), n_listed + n_between)
     listed = drawn[:n_listed]
     ids = [*drawn, *listed]
@@ -363,8 +364,8 @@ class Lessons:
         odds_of_asides = self.odds_of_asides(stage)
         max_questions = 8
         if stage.segments == 0 and stage.facts <= 4:
-            # With more questions the last answer is what the earlier ones have left over. A model
-            # that has found this out is right so often that it learns nothing else for long.
+            # Where a short story is asked about all its people, the earlier answers leave few
+            # rooms for the last one. A model learns this trick first, and then nothing for long.
             max_questions = 1
         documents = []
         for _ in range(size):

@@ -5,12 +5,12 @@
 Plain data, writes nothing. A preset is a set of sizes. A recipe is a set of settings of train.py,
 one set for each kind of model. A flag that is given wins over both.
 
-What all recipes share. LM2 and the RMT take the same stages. A Llama has nothing that carries facts
-from segment to segment. So the documents of the window Llama ("llama") are one segment long. Those
-of the Llama with full attention ("full") are one long segment, and shorter than LM2's longest,
-since its cost grows with the length. All models of a recipe see equally many tokens, padding
-included, and in qa1-10 train for equally many minutes. README.md and assets/results.md have the
-results.
+What the recipes share. LM2 and the RMT take the same stages, but in qa1-5 LM2 has four more, of qa4
+alone. A Llama has nothing that carries facts from segment to segment. So the documents of the window
+Llama ("llama") are one segment long. The Llama with full attention ("full") reads each document as
+one long segment. Its documents are shorter than LM2's longest, since its cost grows with the length.
+The models of a recipe see about equally many tokens, padding included. In qa1-10 they train for
+equally many minutes. README.md and assets/results.md have the results.
 """
 
 # Sizes

@@ -23,8 +23,9 @@ from data.babi.story import ROOMS
 CHOICES = ("own", "many", "unseen")
 RENAMED = (*(f"qa{n}" for n in range(1, 15)), "qa19")
 
-# No word is a part of another one, of bAbI's own words or of a question: the benchmark's metric
-# looks for a word anywhere in a text. None of them is used in a task in another meaning.
+# The benchmark's metric looks for a word anywhere in a text, also inside another word. So no word
+# here is a part of another one here, of bAbI's own words or of a question. None of them has another
+# meaning in a task.
 WOMEN = """
     Agatha Alice Amanda Angela Barbara Beatrice Betty Carol Clara Daisy Diana Dora Edith Emma Esther
     Eva Fiona Frances Gloria Grace Helen Hilda Ingrid Irene Iris Jane Judith Karen Kate Laura Linda
@@ -73,12 +74,12 @@ def for_lessons(words: list[str]) -> list[str]:
 
 
 def renamer(names: str, rng: random.Random) -> Callable[[str], str]:
-    """Draw a new name for each of bAbI's own -> what replaces these in the texts of one story.
+    """A function that replaces bAbI's names in the texts of one story.
 
-    names  "many" draws from bAbI's own names and the words for lessons, "unseen" from the words
-           that are held out
+    names  "many" draws the new names from bAbI's own and the words for lessons, "unseen" from the
+           words that are held out
 
-    No two get the same name. A woman gets a woman's name, a man a man's."""
+    Each of bAbI's names gets a new one of its own. A woman gets a woman's name, a man a man's."""
     new_name = {}
     for own, words in KINDS:
         if names == "many":
