@@ -81,15 +81,15 @@ class LM2Config:
     def __post_init__(self):
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
+        sizes = "vocab_size n_layer n_head n_kv_head n_embd ffn_dim segment_len n_slot n_mem_head"
+        for name in sizes.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.mem_blocks is not None:
             self.sort_mem_blocks()
             self.n_mem_layer = len(self.mem_blocks)
         if self.n_mem_layer is None:
             self.n_mem_layer = 0 if self.n_mem_token else self.n_layer
-        sizes = "vocab_size n_layer n_head n_kv_head n_embd ffn_dim segment_len n_slot n_mem_head"
-        for name in sizes.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(
                 f"n_head {self.n_head} does not divide n_embd {self.n_embd} into heads of even "
@@ -283,8 +283,8 @@ class Attention(nn.Module):
     def undo_values(self, scale: float) -> None:
         """Set wo to the transpose of wv, times a scale.
 
-        The columns of a random wv are nearly orthogonal and of length 1. So wo(wv(x)) is scale * x
-        and some noise. With fewer value heads than query heads the noise is larger."""
+        A random wv keeps lengths and angles roughly. So wo(wv(x)) is scale * x and noise of about
+        the same size, more where there are fewer value heads than query heads."""
         n_shared = self.wq.out_features // self.wv.out_features  # query heads to a value head
         by_head = self.wv.weight.unflatten(0, (-1, self.width)).repeat_interleave(n_shared, dim=0)
         self.wo.weight.copy_(scale * by_head.flatten(0, 1).T)  # (D, D)
@@ -530,9 +530,10 @@ class Decoder(nn.Module):
         self.tok_embeddings.weight.add_(shared)
         # In all blocks but the first, an attention head adds to the stream what it attends to.
         for block in self.layers[1:]:
+            # Twice the usual size. Four times was no better.
             block.attention.undo_values(scale=2 * (2 * self.cfg.n_layer) ** -0.5)
         # The output layer is a small copy of the embedding. So a token that is brought raises its
-        # own logit. (This comes last, as it makes tied embeddings small.)
+        # own logit. Tied embeddings become as small as the head, and little of this holds.
         self.output.weight.copy_(0.02 * self.tok_embeddings.weight)
 
     @property

@@ -132,16 +132,24 @@ class TrainConfig:
         "A training story has at most as many facts as are enough for this share of bAbI's "
         "own questions.",
     )
+    short_questions: int = flag(
+        8,
+        "A story of up to 4 facts without prose is asked at most this many questions. With one, no "
+        "answer can be guessed from earlier answers.",
+    )
     whole: bool = flag(
         False, "Each document is read as one segment, so that attention sees all of it."
     )
 
     # When a stage ends
     leave_at: float = flag(
-        0.9, "A stage with prose ends when this share of the latest answers is right."
+        0.9,
+        "A stage with prose ends when this share of the latest answers is right. The stage echo "
+        "ends when this share of its tokens is right.",
     )
     leave_plain_at: float = flag(
-        0.95, "A stage without prose ends when this share of the latest answers is right."
+        0.95,
+        "A stage of stories without prose ends when this share of the latest answers is right.",
     )
     stage_steps: int = flag(1500, "A stage ends after this many steps in any case.")
 
@@ -204,6 +212,7 @@ class TrainConfig:
         self.check("plain", 0, 1)
         self.check("asides", 0, 1000)
         self.check("usual", 0, 1)
+        self.check("short_questions", 1, 8)
         self.check("leave_at", 0, 1)
         self.check("leave_plain_at", 0, 1)
         self.check("stage_steps", 1, math.inf)
@@ -264,12 +273,13 @@ SIZE_FLAGS = dict(
     segment_len="The number of tokens in a segment, which is all that self-attention sees.",
     n_slot="The number of memory slots in a block.",
     n_mem_head="The number of heads of the memory.",
-    n_mem_layer="The number of blocks with a memory, from the first on. 0 makes a Llama.",
+    n_mem_layer="The number of blocks with a memory, from the first on. 0 makes a Llama. Without "
+    "this flag, --mem_blocks or the preset says which blocks have one.",
     n_mem_token="The number of memory tokens. More than 0 makes an RMT, which has no slots.",
 )
 
 # Settings that older checkpoints lack, with the values that their runs had.
-MISSING_IN_OLDER = dict(names="own")
+MISSING_IN_OLDER = dict(names="own", short_questions=8)
 
 # What may change where a run is resumed: how it is computed, stopped and evaluated, and where the
 # same texts lie.
@@ -297,7 +307,7 @@ MAY_CHANGE = (
 def sizes_of(preset: str, given: dict) -> dict:
     """The sizes of a preset, with those that are given in their place."""
     sizes = dict(PRESETS[preset])
-    if {"n_mem_layer", "mem_blocks", "n_mem_token"} & set(given):
+    if "n_mem_layer" in given or "mem_blocks" in given or given.get("n_mem_token"):
         # The preset's answer to where the memory is gives way to theirs.
         for name in ("n_mem_layer", "mem_blocks"):
             sizes.pop(name, None)
@@ -783,6 +793,7 @@ def make_lessons(cfg: TrainConfig, train_set: Builder) -> Lessons:
         cfg.seed,
         cfg.accumulate,
         cfg.usual,
+        cfg.short_questions,
     )
 
 

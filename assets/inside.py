@@ -27,6 +27,9 @@ answer  How often the answer's first token is right. In the line of a block, the
         Above the table stands how often the other question gets another answer: hardly ever, if
         the model does not care what is asked.
 
+In tasks where two questions can need the same facts (qa2, qa3, qa5) the other question is no clean
+comparison. Nor does another question always have another answer.
+
 A sample counts if its needed facts and another one lie before the last segment, if its question
 lies in it, and if something else that the facts mention can be asked. An interval is the mean +-
 1.96 standard errors, and Wilson's for answers. It says nothing of other seeds of the model.

@@ -78,7 +78,7 @@ class Document(NamedTuple):
     context, too. A span is a pair (start, stop) of positions in `ids`."""
 
     ids: np.ndarray  # (T,) int64
-    answers: list[tuple[int, int]]  # span of each answer, its end of text included (echo has none)
+    answers: list[tuple[int, int]]  # span of each answer, its end of text included, but in an echo
     questions: list[Question]  # in the order of `answers`
     places: list[int]  # which of the context's sentences are the facts
     texts: list[str]  # the text of each fact

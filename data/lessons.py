@@ -12,7 +12,7 @@ run stands in it. A *lesson* is one training document of a stage: a story, prose
 questions with their answers. Only the answers are learned. A *batch* is some lessons of the same
 length, padded on the right.
 
-The stage "echo" comes before all stories. Its documents are lists of tokens that are said twice
+The stage "echo" can come before all stories. Its documents are lists of tokens that are said twice
 (see `echo`).
 
 A batch is a function of the seed, of its number and of the stage, and of nothing else. So it does
@@ -39,6 +39,10 @@ from data.babilong import Builder
 from data.common import Parser, ignore_interrupts, one_line
 from data.document import Document
 from data.tokenizer import Tokenizer, load
+
+MOST_LISTED = 20  # tokens in a list of an echo
+MOST_BETWEEN = 10  # tokens between the two lists
+LONGEST_ECHO = MOST_LISTED + MOST_BETWEEN + MOST_LISTED
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,11 @@ def parse_stage(text: str, model_segment_len: int) -> Stage:
     "10:8:64@qa1,qa2" has up to 10 facts in up to 8 segments of 64 tokens, of the tasks qa1 and qa2.
     A task that is named twice comes twice as often."""
     if text == "echo":
+        if model_segment_len < LONGEST_ECHO:
+            raise ValueError(
+                f"stage 'echo' has up to {LONGEST_ECHO} tokens, more than the model's "
+                f"--segment_len {model_segment_len}: leave it out, or give longer segments"
+            )
         return Stage(facts=0, segments=0, segment_len=model_segment_len)
     numbers, at, names = text.partition("@")
     parts = numbers.split(":")
@@ -217,8 +226,8 @@ def lesson(
 ) -> Document:
     """One training document: a story, prose around its facts, and its questions with answers.
 
-    The evaluation asks one question. A lesson asks everything that any of the tasks could ask,
-    since this costs little and teaches more.
+    The evaluation asks one question. A lesson asks up to max_questions of all that any of the tasks
+    could ask, since this costs little and teaches more.
 
     tasks          the bAbI tasks. One of them is drawn and makes the story; all of them may ask
                    about it
@@ -262,8 +271,8 @@ def echo(tokenizer: Tokenizer, rng: random.Random) -> Document:
     to say what stood behind it there. This is known as induction (arXiv 2209.11895). A question
     about a story needs a similar skill: to find the name in the story, and to say a word that comes
     soon after."""
-    n_listed = rng.randint(6, 20)
-    n_between = rng.randint(0, 10)
+    n_listed = rng.randint(6, MOST_LISTED)
+    n_between = rng.randint(0, MOST_BETWEEN)
     # The first 256 ids are single bytes, which a text hardly has.
     drawn = rng.sample(range(256, tokenizer.eot), n_listed + n_between)
     listed = drawn[:n_listed]
@@ -329,6 +338,7 @@ class Lessons:
     # segments, so that no process waits for another.
     accumulate: int = 1
     usual: float = 0.9  # see `lesson`
+    short_questions: int = 8  # most questions of a story of up to 4 facts in a stage without prose
 
     def __getitem__(self, key: Key) -> tuple[Key, Batch]:
         """The key and its batch. (A DataLoader looks batches up like that.)"""
@@ -366,7 +376,7 @@ class Lessons:
         if stage.segments == 0 and stage.facts <= 4:
             # Where a short story is asked about all its people, the earlier answers leave few
             # rooms for the last one. A model learns this trick first, and then nothing for long.
-            max_questions = 1
+            max_questions = self.short_questions
         documents = []
         for _ in range(size):
             share = None if rng.random() < 0.5 else rng.random()

@@ -5,12 +5,12 @@
 Plain data, writes nothing. A preset is a set of sizes. A recipe is a set of settings of train.py,
 one set for each kind of model. A flag that is given wins over both.
 
-What the recipes share. LM2 and the RMT take the same stages, but in qa1-5 LM2 has four more, of qa4
-alone. A Llama has nothing that carries facts from segment to segment. So the documents of the window
-Llama ("llama") are one segment long. The Llama with full attention ("full") reads each document as
-one long segment. Its documents are shorter than LM2's longest, since its cost grows with the length.
-The models of a recipe see about equally many tokens, padding included. In qa1-10 they train for
-equally many minutes. README.md and assets/results.md have the results.
+What the recipes share. LM2 and the RMT take the same stages, but in qa1-5 LM2 has four more, of
+qa4 alone. A Llama has nothing that carries facts from segment to segment. So the documents of the
+window Llama ("llama") are one segment long. The Llama with full attention ("full") reads each
+document as one long segment. Its documents are shorter than LM2's longest, since its cost grows
+with the length. The models of a recipe see about equally many tokens, padding included. In qa1-10
+they train for equally many minutes. README.md and assets/results.md have the results.
 """
 
 # Sizes
@@ -90,6 +90,7 @@ NO_EARLY_END = 4_000_000_000  # final_tokens of a run that shall see all of its 
 # 64 documents; Muon; beta1 of 0.95.
 QA1 = dict(
     preset="cpu",
+    short_questions=1,
     stages=(
         # To look back for a token, and to say what stood behind it.
         "echo",

@@ -282,6 +282,7 @@ def measure(name: str, seed: int, lengths: list[str], n: int, flags: str) -> dic
         n=n,
         params=n_params,
         stage=str(parse_stage(stage, model.cfg.segment_len)),
+        stages=list(STAGES),
         exact=exact,
         floor=floor,
     )
@@ -388,6 +389,11 @@ def main(argv: list[str] | None = None) -> None:
                 f"{out} has no figures with these --flags, --lengths and --n: leave out --show"
             )
         if not args.show:
+            for run in runs:
+                if run.get("stages") != list(STAGES):
+                    raise ValueError(
+                        f"{out} has runs by another recipe: name another file with --out"
+                    )
             done = {(run["row"], run["seed"]) for run in runs}
             for seed in args.seeds:
                 for name in args.rows:

@@ -115,6 +115,7 @@ def test_a_stage_is_read_as_it_is_written():
         ("", "is not a stage"),
         ("4", "is not a stage"),
         ("echo@qa1", "is not a stage"),
+        ("echo:32", "is not a stage"),
         ("4:x", "is not a stage"),
         ("4:-1", "is not a stage"),
         ("4:2:32:1", "is not a stage"),
@@ -129,6 +130,27 @@ def test_a_stage_is_read_as_it_is_written():
 def test_what_is_no_stage_of_the_run_is_named_with_its_fault(text, fault):
     with pytest.raises(ValueError, match=f"^stage {text!r} {fault}"):
         parse_stages(["2:0@qa2", text], 64, ["qa1", "qa2"], whole=False)
+
+
+def test_an_echo_must_fit_into_a_segment():
+    assert parse_stages(["echo"], 50, ["qa1"], whole=True)
+    with pytest.raises(ValueError, match="^stage 'echo' has up to 50 tokens, .* 49: leave it out"):
+        parse_stages(["echo"], 49, ["qa1"], whole=False)
+
+
+def test_short_stories_without_prose_are_asked_as_many_questions_as_the_run_says(builder):
+    for most in (1, 2, 8):
+        lessons = new_lessons(builder, short_questions=most)
+        n_asked = {}
+        for text in ("4:0", "5:0", "4:2:64"):
+            (stage,) = parse_stages([text], 64, ["qa1"], whole=False)
+            documents = []
+            for number in range(20):
+                n_segments = lessons.draw_n_segments(stage, number)
+                documents += lessons.documents(stage, number, n_segments)
+            n_asked[text] = max(len(document.answers) for document in documents)
+        assert n_asked["4:0"] == min(most, 4)
+        assert n_asked["5:0"] == n_asked["4:2:64"] == 4
 
 
 def test_a_run_without_stages_is_refused():

@@ -1172,6 +1172,7 @@ def test_a_preset_has_a_recipe_and_a_recipe_a_preset(preset):
         ("--preset cpu-llama", "llama"),
         ("--n_mem_layer 0 --segment_len 4096", "full"),
         ("--mem_blocks 0", "lm2"),
+        ("--preset cpu-llama --n_mem_token 0", "llama"),
         ("--preset cpu-llama --mem_blocks 1 2", "lm2"),
     ],
 )
