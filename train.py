@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from babilong_eval import check_cells, evaluate, save, table, to_cells
 from data import background
-from data.babi import TASKS, find_file
+from data.babi import TASKS, check_tasks, find_file
 from data.babilong import Builder, generated
 from data.common import (
     JsonLines,
@@ -57,7 +57,15 @@ from data.common import (
     pick_device,
 )
 from data.document import length_name, parse_length
-from data.lessons import Batch, Batches, Curriculum, Lessons, Stage, parse_stages
+from data.lessons import (
+    MOST_QUESTIONS,
+    Batch,
+    Batches,
+    Curriculum,
+    Lessons,
+    Stage,
+    parse_stages,
+)
 from data.recipes import PRESETS, QA1, RECIPE_OF, RECIPES
 from data.tokenizer import Tokenizer, load, of_checkpoint
 from lm2 import LM2, RMT, LM2Config, build_model, load_checkpoint, save_checkpoint
@@ -133,7 +141,7 @@ class TrainConfig:
         "own questions.",
     )
     short_questions: int = flag(
-        8,
+        MOST_QUESTIONS,
         "A story of up to 4 facts without prose is asked at most this many questions. With one, no "
         "answer can be guessed from earlier answers.",
     )
@@ -212,7 +220,7 @@ class TrainConfig:
         self.check("plain", 0, 1)
         self.check("asides", 0, 1000)
         self.check("usual", 0, 1)
-        self.check("short_questions", 1, 8)
+        self.check("short_questions", 1, MOST_QUESTIONS)
         self.check("leave_at", 0, 1)
         self.check("leave_plain_at", 0, 1)
         self.check("stage_steps", 1, math.inf)
@@ -240,9 +248,7 @@ class TrainConfig:
             raise ValueError(f"--names {self.names!r} is unknown: choose own or many")
         if not self.tasks:
             raise ValueError(f"--tasks is empty: choose from {' '.join(TASKS)}")
-        for task in self.tasks:
-            if task not in TASKS:
-                raise ValueError(f"--tasks {task!r} is unknown: choose from {' '.join(TASKS)}")
+        check_tasks(self.tasks)
         if not self.table_lengths:
             raise ValueError("--table_lengths is empty: give some, such as 0k 4k")
         for text in self.table_lengths:
@@ -275,6 +281,8 @@ SIZE_FLAGS = dict(
     n_mem_head="The number of heads of the memory.",
     n_mem_layer="The number of blocks with a memory, from the first on. 0 makes a Llama. Without "
     "this flag, --mem_blocks or the preset says which blocks have one.",
+    mem_blocks="The numbers of the blocks with a memory, instead of --n_mem_layer. The first is 0, "
+    "the last is -1.",
     n_mem_token="The number of memory tokens. More than 0 makes an RMT, which has no slots.",
 )
 
@@ -357,15 +365,7 @@ def read_flags(argv: list[str] | None) -> Flags:
         f"may be given: {', '.join(MAY_CHANGE)}.",
     )
     parser.add_settings(TrainConfig)
-    group = parser.add_sizes(SIZE_FLAGS, LM2Config(**PRESETS["cpu"]))
-    group.add_argument(
-        "--mem_blocks",
-        nargs="+",
-        type=int,
-        metavar="INT",
-        help="The numbers of the blocks with a memory, instead of --n_mem_layer. The first is 0, "
-        "the last is -1.",
-    )
+    parser.add_sizes(SIZE_FLAGS, LM2Config(**PRESETS["cpu"]))
     given = {}
     for name, value in vars(parser.parse_args(argv)).items():
         if value is not None:
@@ -376,7 +376,7 @@ def read_flags(argv: list[str] | None) -> Flags:
     sizes = {}
     settings = {}
     for name, value in given.items():
-        if name in SIZE_FLAGS or name == "mem_blocks":
+        if name in SIZE_FLAGS:
             sizes[name] = value
         else:
             settings[name] = value

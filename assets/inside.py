@@ -54,7 +54,7 @@ from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from babilong_eval import last_segment_start, wilson  # noqa: E402
-from data.babi import TASKS  # noqa: E402
+from data.babi import check_tasks  # noqa: E402
 from data.babilong import Builder, Samples, generated  # noqa: E402
 from data.common import Parser, one_line, save_json  # noqa: E402
 from data.document import Document, length_name, parse_length  # noqa: E402
@@ -156,8 +156,9 @@ def parts_after(memory: Memory, parts: Tensor, note: dict, kinds: Tensor) -> Ten
     w = memory.merge(share.expand(*share.shape[:-1], candidates.shape[-1]))  # (N, D)
     kept = 1 - w * (1 - note["g_forget"][0][0])
     parts = kept * parts
+    R_of_tokens = R[..., :-1]
     for kind in (NEEDED, OTHER, PROSE):
-        R_of_kind = R[..., :-1] * (kinds == kind)
+        R_of_kind = R_of_tokens.masked_fill(kinds != kind, 0)
         parts[kind] += memory.merge(R_of_kind.to(candidates.dtype) @ candidates)
     return parts
 
@@ -248,10 +249,10 @@ def read_in_parts(
 
 
 @torch.no_grad()
-def measure(model: LM2, doc: Document, other: np.ndarray) -> tuple[Figures, dict[int, Figures]]:
+def measure(model: LM2, doc: Document, second: np.ndarray) -> tuple[Figures, dict[int, Figures]]:
     """The figures of a document that `is_measured`, and those of each of its blocks.
 
-    other  the ids of another question, which ends in the same segment"""
+    second  the ids of another question, which ends in the same segment"""
     S = model.cfg.segment_len
     blocks = model.cfg.mem_blocks
     kinds = kinds_of_tokens(doc, S)
@@ -268,17 +269,17 @@ def measure(model: LM2, doc: Document, other: np.ndarray) -> tuple[Figures, dict
 
     start = last_segment_start(doc.prompt(), S)
     context = doc.ids[start : doc.context_len]  # of the last segment
-    asked_else = torch.from_numpy(np.concatenate((context, other)))[None]
-    with recording(model) as notes_of_other:
-        logits, _, _ = model(asked_else, state=seen.state_before.map(lambda tensor: tensor[:1]))
+    asked_second = torch.from_numpy(np.concatenate((context, second)))[None]
+    with recording(model) as notes_of_second:
+        logits, _, _ = model(asked_second, state=seen.state_before.map(lambda tensor: tensor[:1]))
 
     first_answer, _ = doc.answers[0]
     is_right = [answer == doc.ids[first_answer] for answer in seen.answers]
     n_needed = len(needed_facts(doc))
     n_other = len(other_facts(doc, S))
     n_asked = len(doc.prompt()) - doc.context_len
-    figures = {}
-    for k, (i, note_of_other) in enumerate(zip(blocks, notes_of_other, strict=True)):
+    of_blocks = {}
+    for k, (i, note_of_second) in enumerate(zip(blocks, notes_of_second, strict=True)):
         memory = model.layers[i].memory
         parts = seen.parts[i]
         A, g_out = reads_of_tokens(seen.notes[i], len(context), n_asked)
@@ -286,18 +287,18 @@ def measure(model: LM2, doc: Document, other: np.ndarray) -> tuple[Figures, dict
         shares = shares_of(by_part)
         even_A = torch.full_like(A, 1 / A.shape[-1])
         even_shares = shares_of(read_by_part(memory, parts, even_A, g_out))
-        A, g_out = reads_of_tokens(note_of_other, len(context), len(other))
-        other_shares = shares_of(read_by_part(memory, parts, A, g_out))
+        A, g_out = reads_of_tokens(note_of_second, len(context), len(second))
+        second_shares = shares_of(read_by_part(memory, parts, A, g_out))
         R = seen.R[i]
         written = kinds[: len(R)]
-        figures[i] = dict(
+        of_blocks[i] = dict(
             write_needed=weight(R, written == NEEDED),
             write_other=weight(R, written == OTHER),
             write_prose=weight(R, written == PROSE),
             write_share=100 * float(R[written == NEEDED].sum()) / n_needed,
             read_needed=100 * shares[NEEDED],
             read_last_token=100 * shares_of(by_part[:, -1:])[NEEDED],
-            read_other_question=100 * other_shares[NEEDED],
+            read_other_question=100 * second_shares[NEEDED],
             read_evenly=100 * even_shares[NEEDED],
             read_other_facts=100 * shares[OTHER] / n_other * n_needed,
             right_without_needed=bool(is_right[1 + k]),
@@ -308,7 +309,7 @@ def measure(model: LM2, doc: Document, other: np.ndarray) -> tuple[Figures, dict
         right_without_others=bool(is_right[-1]),
         changed_by_question=int(logits[0, -1].argmax()) != seen.answers[0],
     )
-    return of_document, figures
+    return of_document, of_blocks
 
 
 # -------------------------------------------------------------------------------------------------
@@ -377,10 +378,10 @@ def measure_task(model: LM2, builder: Builder, task: str, length: int, n: int, s
         doc = samples(task, length, number)
         if not is_measured(doc, S):
             continue
-        other = another_question(doc, samples, task, number, builder, S)
-        if other is None:
+        second = another_question(doc, samples, task, number, builder, S)
+        if second is None:
             continue
-        of_document, figures = measure(model, doc, other)
+        of_document, figures = measure(model, doc, second)
         of_documents.append(of_document)
         for i in of_blocks:
             of_blocks[i].append(figures[i])
@@ -488,9 +489,7 @@ def main(argv: list[str] | None = None) -> None:
         length = parse_length(args.length)
         if args.n < 1:
             raise ValueError(f"--n {args.n} must be at least 1")
-        for task in args.tasks:
-            if task not in TASKS:
-                raise ValueError(f"--tasks {task!r} is unknown: choose from {' '.join(TASKS)}")
+        check_tasks(args.tasks)
         if args.out and Path(args.out).is_dir():
             raise ValueError(f"--out {args.out} is a folder: name a file in it")
         if args.out and not Path(args.out).parent.is_dir():

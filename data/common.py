@@ -70,15 +70,15 @@ class Parser(argparse.ArgumentParser):
                     f"--{field.name}", type=kind, metavar=kind.__name__.upper(), **options
                 )
 
-    def add_sizes(self, helps: dict[str, str], defaults: Any) -> argparse._ArgumentGroup:
-        """Add flags for whole numbers. defaults has an attribute for each of them.
-
-        Returns their group, for flags of other kinds."""
+    def add_sizes(self, helps: dict[str, str], defaults: Any) -> None:
+        """Add flags for whole numbers. defaults has an attribute for each of them. Where that is a
+        tuple, the flag takes one number or more."""
         group = self.add_argument_group("sizes of the model")
         for name, text in helps.items():
-            text = help_text(text, getattr(defaults, name))
-            group.add_argument(f"--{name}", type=int, metavar="INT", default=None, help=text)
-        return group
+            default = getattr(defaults, name)
+            n_numbers = "+" if isinstance(default, tuple) else None
+            text = help_text(text, default)
+            group.add_argument(f"--{name}", nargs=n_numbers, type=int, metavar="INT", help=text)
 
 
 class Words(argparse.Action):
@@ -91,7 +91,7 @@ class Words(argparse.Action):
 def help_text(text: str, default: Any) -> str:
     """The help of a flag with its default behind it, as argparse takes it."""
     if isinstance(default, tuple):
-        default = " ".join(default)
+        default = " ".join(str(value) for value in default)
     if default not in (None, ""):
         text = f"{text} (default {default})"
     return text.replace("%", "%%")

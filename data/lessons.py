@@ -40,6 +40,7 @@ from data.common import Parser, ignore_interrupts, one_line
 from data.document import Document
 from data.tokenizer import Tokenizer, load
 
+MOST_QUESTIONS = 8  # at the end of a lesson
 MOST_LISTED = 20  # tokens in a list of an echo
 MOST_BETWEEN = 10  # tokens between the two lists
 LONGEST_ECHO = MOST_LISTED + MOST_BETWEEN + MOST_LISTED
@@ -219,7 +220,7 @@ def lesson(
     n_facts: int,
     room: tuple[int, int],
     rng: random.Random,
-    max_questions: int = 8,
+    max_questions: int = MOST_QUESTIONS,
     n_asides: int = 0,
     share: float | None = None,
     usual: float = 0.9,
@@ -338,7 +339,8 @@ class Lessons:
     # segments, so that no process waits for another.
     accumulate: int = 1
     usual: float = 0.9  # see `lesson`
-    short_questions: int = 8  # most questions of a story of up to 4 facts in a stage without prose
+    # most questions of a story of up to 4 facts in a stage without prose
+    short_questions: int = MOST_QUESTIONS
 
     def __getitem__(self, key: Key) -> tuple[Key, Batch]:
         """The key and its batch. (A DataLoader looks batches up like that.)"""
@@ -372,7 +374,7 @@ class Lessons:
             size = max(1, min(size, self.batch_tokens // (S * n_segments)))
             room = ((n_segments - 1) * S + 1, n_segments * S)
         odds_of_asides = self.odds_of_asides(stage)
-        max_questions = 8
+        max_questions = MOST_QUESTIONS
         if stage.segments == 0 and stage.facts <= 4:
             # Where a short story is asked about all its people, the earlier answers leave few
             # rooms for the last one. A model learns this trick first, and then nothing for long.
@@ -534,9 +536,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     with one_line("python -m data.lessons"):
-        for task in args.tasks:
-            if task not in babi.TASKS:
-                raise ValueError(f"--tasks {task!r} is unknown: choose from {' '.join(babi.TASKS)}")
+        babi.check_tasks(args.tasks)
         (stage,) = parse_stages([args.stage], 128, args.tasks, whole=False)
         builder = Builder(load(), "train", names=args.names)
         lessons = Lessons(

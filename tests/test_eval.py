@@ -58,13 +58,6 @@ TINY = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=16, ffn_dim=32, n_slot=4, n
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("books")
-    (path / "book.txt").write_text(book(900), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
 def tok():
     return load_tokenizer()
 

@@ -18,19 +18,12 @@ from data.tokenizer import load
 from heatmaps import recording
 from inside import NEEDED, OTHER, PROSE
 from lm2 import LM2, LM2Config, Memory, save_checkpoint
+from test_assets import FACTS
+from test_assets import PROSE as SENTENCES
 from test_train import refused
 
 S, N, D, HM = 16, 4, 16, 2  # tokens a segment, slots, width, memory heads
 BLOCKS = (0, 2)  # those of three that have a memory
-PROSE_SENTENCES = [
-    "The sea was calm that night.",
-    "Nobody had seen the old lamp for years.",
-    "It rained on the hills.",
-    "A ship came in with the tide.",
-    "The bread was still warm.",
-    "Two dogs slept by the mill of the town and three cats.",
-]
-FACTS = ["Mary went to the kitchen.", "John moved to the garden."]
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +56,7 @@ def even(model):
     return model
 
 
-def document(
-    tok, question="Where is John?", support=(1,), prose=PROSE_SENTENCES, facts=tuple(FACTS)
-):
+def document(tok, question="Where is John?", support=(1,), prose=SENTENCES, facts=tuple(FACTS)):
     """Facts in prose, in several segments."""
     first, *others = facts
     sentences = [*prose[:2], first, *prose[2:4], *others, *prose[4:], "That was all."]
@@ -297,8 +288,8 @@ def test_the_model_is_as_before_when_facts_were_erased(model, tok):
         (dict(), True),
         (dict(support=(0, 1)), False),  # no other fact
         (dict(support=()), False),
-        (dict(prose=PROSE_SENTENCES[:4]), False),  # the needed fact ends in the last segment
-        (dict(prose=PROSE_SENTENCES[:4], support=(0,)), False),  # the other one does
+        (dict(prose=SENTENCES[:4]), False),  # the needed fact ends in the last segment
+        (dict(prose=SENTENCES[:4], support=(0,)), False),  # the other one does
         (dict(question="Where is John? " * 5), False),  # the question begins before it
     ],
 )
@@ -307,7 +298,7 @@ def test_a_sample_counts_if_its_facts_are_written_and_its_question_is_not(tok, c
 
 
 def test_a_fact_that_is_not_all_written_is_no_other_fact(tok):
-    doc = document(tok, prose=PROSE_SENTENCES[:4], support=(0,))
+    doc = document(tok, prose=SENTENCES[:4], support=(0,))
     kinds = inside.kinds_of_tokens(doc, S)
     assert NEEDED in kinds and OTHER not in kinds
 

@@ -19,7 +19,6 @@ from data.babi.names import KINDS, RENAMED, for_lessons, held_out
 from data.babilong import Builder
 from data.lessons import Lessons, Stage
 from data.tokenizer import load
-from test_babilong import book
 from test_train import refused
 
 torch.set_num_threads(1)
@@ -32,13 +31,6 @@ OWN = set(BABI.split())
 FOR_LESSONS = {word for _, others in KINDS for word in for_lessons(others)}
 HELD_OUT = {word for _, others in KINDS for word in held_out(others)}
 WOMEN, MEN = ({*own, *others} for own, others in KINDS[:2])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("books")
-    (path / "book.txt").write_text(book(900), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

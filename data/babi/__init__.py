@@ -12,7 +12,7 @@ files.py    reading and writing files, and the command line
 
 from data.babi.files import find_file, format_story, main, read_stories
 from data.babi.story import Event, Question, Story
-from data.babi.tasks import ALSO, TASKS, with_others
+from data.babi.tasks import ALSO, TASKS, check_tasks, with_others
 from data.babi.worlds import Task
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Question",
     "Story",
     "Task",
+    "check_tasks",
     "find_file",
     "format_story",
     "main",

@@ -25,6 +25,13 @@ ALSO = {  # task -> the tasks whose questions its stories answer, too
 }
 
 
+def check_tasks(names: Sequence[str]) -> None:
+    """ValueError if one of the names of --tasks is no task."""
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"--tasks {name!r} is unknown: choose from {' '.join(TASKS)}")
+
+
 def with_others(
     task: str,
     events: list[Event],
