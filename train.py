@@ -132,6 +132,11 @@ class TrainConfig:
         "alone, many for many more. The evaluation has bAbI's own in any case.",
     )
     plain: float = flag(0.1, "This share of the batches has no prose, in stages that have prose.")
+    longest: float = flag(
+        0.5,
+        "This share of the batches with prose has the longest documents, in the last stage. In the "
+        "stages before it is one half.",
+    )
     asides: int = flag(
         3, "A training document may ask questions before its end, at up to this many places."
     )
@@ -218,6 +223,7 @@ class TrainConfig:
         self.check("minutes", 0, math.inf)
         self.check("seed", 0, 2**32 - 1)
         self.check("plain", 0, 1)
+        self.check("longest", 0, 1)
         self.check("asides", 0, 1000)
         self.check("usual", 0, 1)
         self.check("short_questions", 1, MOST_QUESTIONS)
@@ -287,7 +293,7 @@ SIZE_FLAGS = dict(
 )
 
 # Settings that older checkpoints lack, with the values that their runs had.
-MISSING_IN_OLDER = dict(names="own", short_questions=8)
+MISSING_IN_OLDER = dict(names="own", short_questions=8, longest=0.5)
 
 # What may change where a run is resumed: how it is computed, stopped and evaluated, and where the
 # same texts lie.
@@ -781,7 +787,7 @@ def optimizer_groups(model: LM2 | RMT) -> list[dict]:
     ]
 
 
-def make_lessons(cfg: TrainConfig, train_set: Builder) -> Lessons:
+def make_lessons(cfg: TrainConfig, train_set: Builder, last_stage: Stage | None = None) -> Lessons:
     """All batches of a run with these settings."""
     return Lessons(
         train_set,
@@ -794,6 +800,8 @@ def make_lessons(cfg: TrainConfig, train_set: Builder) -> Lessons:
         cfg.accumulate,
         cfg.usual,
         cfg.short_questions,
+        last_stage,
+        cfg.longest,
     )
 
 
@@ -1000,7 +1008,7 @@ def train(
     # Micro-batches are numbered through the whole run. Of n processes, that of rank r takes the
     # numbers r, r + n, r + 2 n and so on.
     batches = Batches(
-        make_lessons(cfg, train_set),
+        make_lessons(cfg, train_set, stages[-1]),
         curriculum.stage,
         number=progress.step * cfg.accumulate + processes.rank,
         stride=processes.n,

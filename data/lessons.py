@@ -341,6 +341,8 @@ class Lessons:
     usual: float = 0.9  # see `lesson`
     # most questions of a story of up to 4 facts in a stage without prose
     short_questions: int = MOST_QUESTIONS
+    last_stage: Stage | None = None
+    longest: float = 0.5  # share of the batches with prose that has the longest documents there
 
     def __getitem__(self, key: Key) -> tuple[Key, Batch]:
         """The key and its batch. (A DataLoader looks batches up like that.)"""
@@ -353,12 +355,14 @@ class Lessons:
     def draw_n_segments(self, stage: Stage, number: int) -> int:
         """How many segments the documents of a batch have; 0 for facts without prose.
 
-        A share `plain` of the steps has no prose. Half of the rest has the longest documents. The
-        other half draws a length, short ones more often, so that these are not forgotten."""
+        A share `plain` of the steps has no prose. Half of the rest has the longest documents, as
+        their accuracy ends the stage; in the last stage, which nothing ends, a share `longest` has.
+        The others draw a length, short ones more often, so that these are not forgotten."""
         rng = random.Random(f"{self.seed} step {number // self.accumulate}")
         if stage.segments == 0 or rng.random() < self.plain:
             return 0
-        if rng.random() < 0.5:
+        longest = self.longest if stage == self.last_stage else 0.5
+        if rng.random() < longest:
             return stage.segments
         return 1 + int(rng.random() ** 2 * stage.segments)
 

@@ -91,6 +91,9 @@ NO_EARLY_END = 4_000_000_000  # final_tokens of a run that shall see all of its 
 QA1 = dict(
     preset="cpu",
     short_questions=1,
+    # A question at 1k may be about a place that its own segment tells, while the memory still holds
+    # the one before. Long documents seldom ask that, so the last stage has more short ones.
+    longest=0.25,
     stages=(
         # To look back for a token, and to say what stood behind it.
         "echo",

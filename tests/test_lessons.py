@@ -282,6 +282,18 @@ def test_half_of_the_batches_have_the_most_segments_and_short_ones_are_the_most_
     assert counts.count(1) > 1.5 * counts.count(2)
 
 
+def test_in_the_last_stage_a_share_of_its_own_has_the_most_segments(builder):
+    last = Stage(4, 8, 8)
+    other = Stage(4, 8, 16)
+    lessons = new_lessons(builder, plain=0.0, last_stage=last, longest=0.0)
+    n_longest = {last: 0, other: 0}
+    for stage in n_longest:
+        for number in range(400):
+            n_longest[stage] += lessons.draw_n_segments(stage, number) == 8
+    assert n_longest[last] < 50  # 1 - sqrt(7/8) = 6 % of those that draw a length
+    assert 180 < n_longest[other] < 250
+
+
 def test_a_share_of_the_batches_has_no_prose_and_is_not_of_the_longest(tok, builder):
     count = 0
     for batch in made(builder, Stage(2, 4, 64), range(200), plain=0.4, batch_size=1):
