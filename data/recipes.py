@@ -116,7 +116,7 @@ QA1 = dict(
 )
 QA1_LLAMA = dict(
     QA1,
-    tokens=6_000_000,  # about as many as LM2's, of whose ten seeds the median is 5.8 M
+    tokens=6_000_000,  # about as many as LM2's, of whose ten seeds the median is 5.9 M
     final_tokens=NO_EARLY_END,
     stages=("echo", "2:0", "4:0", "10:0", "10:1"),
 )
