@@ -19,13 +19,12 @@ import random
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import tiktoken
 
 from data import babi, background
 from data.babi import names as babi_names
 from data.common import Parser, one_line
 from data.document import Document, join, parse_length
-from data.tokenizer import Tokenizer, load
+from data.tokenizer import Tokenizer, gpt2_encoding, load
 
 VAL_SHARE = 10  # one story in ten is kept for validation
 COUNTS = ("own", "gpt2", "chars")  # the units in which a length is counted, see Builder
@@ -50,17 +49,6 @@ def story_part(texts: Sequence[str]) -> str:
 def renamed(question: babi.Question, rename: Callable[[str], str]) -> babi.Question:
     """The question with other names in its text and in its answer."""
     return question._replace(text=rename(question.text), answer=rename(question.answer))
-
-
-def gpt2_encoding() -> tiktoken.Encoding:
-    """GPT-2's encoding, which tiktoken has in its cache or fetches. ValueError if it cannot."""
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception:  # without a network there are many kinds of errors
-        raise ValueError(
-            "--count gpt2: tiktoken has no GPT-2 encoding here and cannot fetch it: give "
-            f"--count chars, {CHARS} characters a token"
-        ) from None
 
 
 class Builder:
@@ -101,7 +89,9 @@ class Builder:
         self.stories = stories
         self.count = count
         self.names = names
-        self.gpt2 = gpt2_encoding() if count == "gpt2" else None
+        self.gpt2 = None
+        if count == "gpt2":
+            self.gpt2 = gpt2_encoding("--count", f"give --count chars, {CHARS} characters a token")
         self.encoded = {}  # a sentence of a story -> its ids and its size
         self.questions_read = {}  # a task -> what `read_questions` returned for it
 

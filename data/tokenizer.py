@@ -1,22 +1,28 @@
-"""A byte-level BPE tokenizer that needs no download: 2,048 tokens in data/bpe_2048.tiktoken.
+"""Byte-level BPE tokenizers: the shipped one needs no download, and any text gives another.
 
-    from data.tokenizer import load
-    load().encode("Mary went to the kitchen.")
+    from data.tokenizer import choose
+    choose("shipped").encode("Mary went to the kitchen.")  # or bytes, gpt2, my.tiktoken
 
+    python -m data.tokenizer --text src/ notes.md --vocab_size 8192 --out my.tiktoken
     python -m data.tokenizer --vocab_size 2048 --out data/bpe_2048.tiktoken  # made that file, 4 s
 
 The command writes a rank file in tiktoken's format: every line has a token in base64, a space, and
-the token's rank. The tokens are learned from the train part of the background
-(data/background.py). The words of bAbI are given, one token each.
+the token's rank. With --text the tokens are learned from the texts that train.py would train on
+(data/text.py). On one CPU core 2,048 tokens of 12 MB of Python take 8 s, and 8,192 take 9 s.
+
+Without --text it makes a tokenizer for BABILong. The tokens are learned from the train part of the
+background (data/background.py). The words of bAbI are given, one token each.
 """
 
 import base64
+import heapq
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 from data import background
@@ -51,20 +57,33 @@ After Afterwards Then Following Yesterday This Mice Sheep Wolves Cats
 """.split()  # noqa: SIM905
 
 
+IDS_ONLY = "ids"
+LEARNED = "learned"
+CHOICES = ("shipped", "bytes", "gpt2", LEARNED, IDS_ONLY)  # the names that `choose` knows
+LEARNED_SIZE = 2048  # ids of a tokenizer that is learned for one run
+BYTES = [bytes([byte]) for byte in range(256)]
+MAX_PATTERN = 1000  # characters of a split pattern: GPT-2's has about 80
+# A split pattern has to divide these characters into pieces. They are those of Latin scripts.
+PROBE = "".join(map(chr, range(0x250)))
+
+
 class Tokenizer:
     """Turns a text into ids and back.
 
-    ranks  the content of a rank file. A checkpoint carries it as a string
+    ranks    the content of a rank file. A checkpoint carries it as a string
+    pattern  the regular expression, as tiktoken takes it, whose matches are the pieces of a text
 
-    ValueError, in one line, if that is not a complete rank file."""
+    ValueError if ranks is not a complete rank file, or if the pattern cannot be used."""
 
-    def __init__(self, ranks: str):
+    def __init__(self, ranks: str, pattern: str = PATTERN):
         tokens = parse_ranks(ranks)
+        check_pattern(pattern)
         self.ranks = ranks
+        self.pattern = pattern
         self.eot = len(tokens)  # id of the end of a text, behind the last rank
         self._encoding = tiktoken.Encoding(
             name="lm2",
-            pat_str=PATTERN,
+            pat_str=pattern,
             mergeable_ranks=tokens,
             special_tokens={"<|endoftext|>": self.eot},
         )
@@ -77,8 +96,9 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of any text.
 
-        "<|endoftext|>" is ordinary text. Half of a surrogate pair becomes U+FFFD."""
-        return self._encoding.encode_ordinary(text)
+        "<|endoftext|>" is ordinary text. Half of a surrogate pair becomes U+FFFD. ValueError if the
+        split pattern fails on the text, as GPT-2's does on a million spaces before a word."""
+        return encode_ordinary(self._encoding, text)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of ids. A stream needs them, because a character may end in a later token."""
@@ -91,6 +111,81 @@ class Tokenizer:
     def chars_per_token(self, text: str) -> float:
         """Characters of a text for each of its tokens. GPT-2 has about 4.4 on English."""
         return len(text) / max(1, len(self.encode(text)))
+
+    def n_bytes(self) -> np.ndarray:
+        """How many bytes of text each id stands for, 0 for the end of text: (n_vocab,) int64."""
+        sizes = np.zeros(self.n_vocab, np.int64)
+        for token in range(self.eot):
+            sizes[token] = len(self._encoding.decode_single_token_bytes(token))
+        return sizes
+
+    def for_checkpoint(self) -> dict[str, str]:
+        """What a checkpoint holds of the tokenizer, for `of_checkpoint`. The pattern is left out if
+        it is PATTERN."""
+        content = dict(tokenizer=self.ranks)
+        if self.pattern != PATTERN:
+            content["pattern"] = self.pattern
+        return content
+
+
+class IdsOnly:
+    """Stands for a tokenizer of GPT-2's ids where nobody knows their texts: a model can be trained
+    on a file of ids and measured, but it can neither read nor write a text."""
+
+    n_vocab = 50257
+    eot = 50256
+
+    def encode(self, text: str) -> list[int]:
+        """Raises ValueError."""
+        raise ValueError(
+            "the model was trained on ids alone (--tokenizer ids), so it cannot read a text: "
+            "train with --tokenizer gpt2 where tiktoken has GPT-2's encoding"
+        )
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The ids as numbers."""
+        return "".join(f" {int(i)}" for i in ids).encode()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The ids as numbers."""
+        return self.decode_bytes(ids).decode()
+
+    def n_bytes(self) -> None:
+        """None: it is not known how many bytes an id stands for."""
+        return None
+
+    def for_checkpoint(self) -> dict[str, str]:
+        """What a checkpoint holds in place of a tokenizer."""
+        return dict(tokenizer=IDS_ONLY)
+
+
+def encode_ordinary(encoding: tiktoken.Encoding, text: str) -> list[int]:
+    """The ids of a text. ValueError if the split pattern of the encoding fails on it."""
+    try:
+        return encoding.encode_ordinary(text)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # no module offers this class of Rust's errors
+            raise
+        raise ValueError(
+            f"the tokenizer cannot split a text of {len(text):,d} characters: shorten its long "
+            "runs of white space"
+        ) from None
+
+
+def check_pattern(pattern: str) -> None:
+    """ValueError unless a pattern is short, valid, and divides PROBE into pieces, of which none is
+    empty and which leave nothing out."""
+    if not isinstance(pattern, str):
+        raise ValueError("the split pattern is not a text")
+    if len(pattern) > MAX_PATTERN:
+        raise ValueError(f"the split pattern is longer than {MAX_PATTERN} characters")
+    ranks = {byte: rank for rank, byte in enumerate(BYTES)}
+    ranks[b""] = len(BYTES)  # tiktoken would panic at an empty piece that is no token
+    encoding = tiktoken.Encoding(
+        name="probe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+    )
+    if encode_ordinary(encoding, PROBE) != list(PROBE.encode("utf-8")):
+        raise ValueError("the split pattern leaves out characters or has empty pieces")
 
 
 def parse_ranks(ranks: str) -> dict[bytes, int]:
@@ -106,7 +201,7 @@ def parse_ranks(ranks: str) -> dict[bytes, int]:
         if not is_valid:
             raise ValueError(f"line {rank + 1} is not a new token with rank {rank}: {line[:40]!r}")
         tokens[token] = rank
-    n_missing = sum(bytes([byte]) not in tokens for byte in range(256))
+    n_missing = sum(byte not in tokens for byte in BYTES)
     if n_missing:
         raise ValueError(f"cut short or not a rank file, {n_missing} of the 256 bytes are missing")
     if not ranks.endswith("\n"):
@@ -144,14 +239,71 @@ def load(path: str | Path | None = None) -> Tokenizer:
         raise ValueError(f"tokenizer {path}: {error}; make or copy it again") from None
 
 
-def of_checkpoint(content: dict, path: str | Path) -> Tokenizer:
-    """The tokenizer whose ranks a checkpoint holds.
+def gpt2_encoding(flag: str, mend: str) -> tiktoken.Encoding:
+    """GPT-2's encoding, which tiktoken has in its cache or fetches.
+
+    ValueError if it cannot. The message names the flag that asked for it, and the mend."""
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception:  # without a network there are many kinds of errors
+        raise ValueError(
+            f"{flag} gpt2: tiktoken has no GPT-2 encoding here and cannot fetch it: {mend}"
+        ) from None
+
+
+def of_encoding(encoding: tiktoken.Encoding) -> Tokenizer:
+    """The tokenizer that gives the ids of an encoding of tiktoken, whose last id has to be the end
+    of text."""
+    tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
+    return Tokenizer(format_ranks(tokens), encoding._pat_str)
+
+
+def choose(name: str, sources: Sequence[str] = ()) -> Tokenizer | IdsOnly:
+    """The tokenizer that the flag --tokenizer names.
+
+    sources  the texts of the run, as data.text.list_files takes them
+
+    "shipped"  the one of 2,048 ids that lies beside this module
+    "bytes"    an id for each byte and the end of text: 257 ids
+    "gpt2"     that of GPT-2: 50,257 ids. tiktoken fetches it once
+    "learned"  one of up to 2,048 ids that is learned from the texts of the run, which takes seconds
+    "ids"      GPT-2's ids without their texts, for files of ids alone
+    a path     that of a rank file, which this module's command has written
+
+    ValueError for another name, for a file that cannot be used, or if GPT-2's cannot be fetched."""
+    if name == "shipped":
+        return load()
+    if name == "bytes":
+        return Tokenizer(format_ranks(BYTES))
+    if name == "gpt2":
+        mend = (
+            "run it once with a network, or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has "
+            "kept it, or give --tokenizer shipped for texts, ids for files of ids"
+        )
+        return of_encoding(gpt2_encoding("--tokenizer", mend))
+    if name == LEARNED:
+        return learn(texts_of_files(sources)["train"], LEARNED_SIZE)
+    if name == IDS_ONLY:
+        return IdsOnly()
+    if not Path(name).is_file():
+        raise ValueError(
+            f"--tokenizer {name!r} is neither a file nor a known name: give {', '.join(CHOICES)}, "
+            "or a file that python -m data.tokenizer has written"
+        )
+    return load(name)
+
+
+def of_checkpoint(content: dict, path: str | Path) -> Tokenizer | IdsOnly:
+    """The tokenizer whose ranks and split pattern a checkpoint holds, see `for_checkpoint`.
 
     ValueError names the file if it has none, or one that does not fit its model."""
     if "tokenizer" not in content:
         raise ValueError(f"{path} lacks 'tokenizer': name another checkpoint")
     try:
-        tokenizer = Tokenizer(content["tokenizer"])
+        if content["tokenizer"] == IDS_ONLY:
+            tokenizer = IdsOnly()
+        else:
+            tokenizer = Tokenizer(content["tokenizer"], content.get("pattern", PATTERN))
     except (AttributeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not fit this code: {reason}") from None
@@ -180,16 +332,19 @@ def train(pieces: dict[str, int], words: Iterable[str], size: int) -> list[bytes
 
     pieces  the pieces of a text, and how often each occurs
     words   are tokens in any case, alone and behind a space
-    size    the number of tokens
+    size    the number of tokens, or fewer if the text does not give so many
 
     First come the 256 bytes, then the tokens that are learned, then the words. ValueError if size
-    is too small for the words, or if the text does not give so many tokens.
+    is too small for the words.
 
     Every step merges the neighbours that occur most often, and of equals the first in byte order.
     They are counted by the bytes that they make up and not by their halves, as tiktoken merges by
     bytes, too. tiktoken looks up a whole piece before it merges anything. So a word needs no tokens
-    for its beginnings, and pieces that are words are not learned from."""
-    tokens = [bytes([byte]) for byte in range(256)]
+    for its beginnings, and pieces that are words are not learned from.
+
+    A heap holds the neighbours, the best first. It may overstate how often they occur. An entry is
+    put right when it comes first."""
+    tokens = list(BYTES)
     given: dict[bytes, None] = {}  # the words that are still no token, in order
     for word in words:
         for form in (word, f" {word}"):
@@ -209,30 +364,65 @@ def train(pieces: dict[str, int], words: Iterable[str], size: int) -> list[bytes
             times.append(n)
     counts: Counter[bytes] = Counter()  # two neighbours joined -> how often they occur
     users: defaultdict[bytes, set[int]] = defaultdict(set)  # -> which pieces have or had them
-
-    def count(i: int, sign: int) -> None:
-        """Add the neighbours of a piece to the counts, or take them out with the sign -1."""
-        parts = parts_of[i]
+    for i, parts in enumerate(parts_of):
         for left, right in pairwise(parts):
-            counts[left + right] += sign * times[i]
+            counts[left + right] += times[i]
             users[left + right].add(i)
+    heap = [(-n, token) for token, n in counts.items()]
+    heapq.heapify(heap)
 
-    for i in range(len(parts_of)):
-        count(i, 1)
-    while len(tokens) + len(given) < size:
-        most = max(counts.values(), default=0)
-        if most < 1:
-            raise ValueError(
-                f"the text gives only {len(tokens) + len(given)} of {size} tokens: ask for less"
-            )
-        best = min(token for token, n in counts.items() if n == most)
+    while heap and len(tokens) + len(given) < size:
+        n, best = heapq.heappop(heap)
+        if -n != counts[best]:
+            if counts[best] > 0:
+                heapq.heappush(heap, (-counts[best], best))
+            continue
+        changed = set()  # the neighbours that may occur more often than before
         for i in users.pop(best):
-            count(i, -1)
-            parts_of[i] = merge(parts_of[i], best)
-            count(i, 1)
+            merged = merge(parts_of[i], best)
+            for left, right in pairwise(parts_of[i]):
+                counts[left + right] -= times[i]
+            for left, right in pairwise(merged):
+                counts[left + right] += times[i]
+                users[left + right].add(i)
+                changed.add(left + right)
+            parts_of[i] = merged
+        for token in changed:
+            heapq.heappush(heap, (-counts[token], token))
         tokens.append(best)
         given.pop(best, None)  # a word that was learned is not given any more
     return tokens + list(given)
+
+
+def learn(text: str, n_vocab: int, words: Iterable[str] = ()) -> Tokenizer:
+    """A tokenizer that packs texts like this one.
+
+    n_vocab  the number of ids, the end of text included, or fewer, as in `train`
+    words    as in `train`, which also tells the errors"""
+    pieces = Counter(match[0] for match in re.finditer(PATTERN, text))
+    return Tokenizer(format_ranks(train(pieces, words, n_vocab - 1)))
+
+
+def texts_of_background(folder: str | None) -> dict[str, str]:
+    """The background to learn from and to measure on, as "train" and "val"."""
+    documents = background.documents(folder)
+    texts = {}
+    for part in ("train", "val"):
+        runs = background.split(documents, part)
+        texts[part] = "\n".join(" ".join(run) for run in runs)
+    return texts
+
+
+def texts_of_files(sources: Sequence[str]) -> dict[str, str]:
+    """The texts of files and folders to learn from and to measure on, as "train" and "val".
+
+    Files that are not UTF-8 are left out. ValueError for files that cannot be used."""
+    from data import text  # not above, because that module needs this one
+
+    texts = {}
+    for part in ("train", "val"):
+        texts[part] = "\n".join(text.read_texts(sources, part, skip_bad=True))
+    return texts
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -243,30 +433,42 @@ def main(argv: list[str] | None = None) -> None:
         default=2048,
         help="The number of tokens, the end of text included (default %(default)s).",
     )
-    parser.add_argument(
+    sources = parser.add_mutually_exclusive_group()
+    sources.add_argument(
+        "--text",
+        nargs="+",
+        metavar="PATH",
+        help="The files and folders of UTF-8 texts to learn from. Files that are not UTF-8 are "
+        "left out (default: learn from --background).",
+    )
+    sources.add_argument(
         "--background",
         metavar="FOLDER",
-        help="The folder of UTF-8 .txt files to learn from (default: the documentation that ships "
-        "with Python).",
+        help="The folder of UTF-8 .txt files to learn from, with the words of bAbI as tokens "
+        "(default: the documentation that ships with Python).",
     )
     parser.add_argument(
         "--out",
         type=Path,
         required=True,
-        help="The rank file to write. Training always takes data/bpe_2048.tiktoken.",
+        help="The rank file to write. Training takes it with --tokenizer, and without that flag "
+        "it takes data/bpe_2048.tiktoken.",
     )
     args = parser.parse_args(argv)
     try:
-        documents = background.documents(args.background)
-        texts = {}
-        for part in ("train", "val"):
-            runs = background.split(documents, part)
-            texts[part] = "\n".join(" ".join(run) for run in runs)
-        pieces = Counter(re.findall(PATTERN, texts["train"]))
-        ranks = format_ranks(train(pieces, WORDS, args.vocab_size - 1))
-        tokenizer = Tokenizer(ranks)
+        if args.text is None:
+            words = WORDS
+            texts = texts_of_background(args.background)
+        else:
+            words = []
+            texts = texts_of_files(args.text)
+        tokenizer = learn(texts["train"], args.vocab_size, words)
+        if tokenizer.n_vocab < args.vocab_size:
+            raise ValueError(
+                f"the text gives only {tokenizer.n_vocab} tokens: ask for less with --vocab_size"
+            )
         with replacing(args.out) as partial:
-            partial.write_text(ranks, encoding="ascii", newline="\n")
+            partial.write_text(tokenizer.ranks, encoding="ascii", newline="\n")
     except OSError as error:
         parser.error(f"cannot read or write {error.filename} ({error.strerror}): name another")
     except ValueError as error:
