@@ -34,6 +34,7 @@ Where the paper is silent or its shapes do not fit, a comment begins with `paper
 """
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -461,10 +462,22 @@ class Block(nn.Module):
         return Cache(self_kv=None, bank_kv=bank_kv)
 
 
-def choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """logits (B, vocab) -> ids (B,): the likeliest at temperature 0, otherwise drawn at random."""
+def choose(
+    logits: Tensor,
+    temperature: float,
+    generator: torch.Generator | None,
+    top_k: int | None = None,
+) -> Tensor:
+    """logits (B, vocab) -> ids (B,): the likeliest at temperature 0, otherwise drawn at random.
+
+    top_k  how many of the likeliest ids can be drawn. None draws from all. ValueError below 1"""
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k {top_k} must be at least 1")
     if temperature == 0:
         return logits.argmax(dim=-1)
+    if top_k is not None:
+        likeliest, ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)  # (B, top_k) each
+        logits = torch.full_like(logits, -math.inf).scatter(-1, ids, likeliest)
     below_top = logits - logits.amax(dim=-1, keepdim=True)  # a tiny temperature cannot overflow
     probability = (below_top.double() / temperature).softmax(dim=-1)
     return torch.multinomial(probability, 1, generator=generator)[:, 0]
@@ -672,8 +685,10 @@ class Decoder(nn.Module):
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
         state: State | None = None,
+        top_k: int | None = None,
     ) -> Iterator[Tensor]:
-        """Read idx (B, T), then yield max_new_tokens ids, (B,) each, as they are made.
+        """Read idx (B, T), then yield max_new_tokens ids, (B,) each, as they are made. `choose`
+        says what temperature, generator and top_k do.
 
         Within a segment only the new token goes through the blocks: each block has a cache. At the
         segment's end the caches are dropped, and one ordinary call runs the full segment again and
@@ -686,7 +701,7 @@ class Decoder(nn.Module):
             for block, cache in zip(self.layers, caches, strict=True):
                 x = block.next_tokens(x, rope, cache)
             logits = self.output(self.norm(x[:, -1]))  # (B, vocab)
-            new = choose(logits, temperature, generator)  # (B,)
+            new = choose(logits, temperature, generator, top_k)  # (B,)
             yield new
             if i + 1 == max_new_tokens:
                 return  # nobody asks what comes after the last one
@@ -706,10 +721,11 @@ class Decoder(nn.Module):
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
         state: State | None = None,
+        top_k: int | None = None,
     ) -> Tensor:
         """idx (B, T) -> (B, T + max_new_tokens): idx, and then the ids of `stream`."""
         pieces = [idx]
-        for new in self.stream(idx, max_new_tokens, temperature, generator, state):
+        for new in self.stream(idx, max_new_tokens, temperature, generator, state, top_k):
             pieces.append(new[:, None])
         return torch.cat(pieces, dim=1)
 
@@ -863,6 +879,44 @@ def build_model(cfg: LM2Config) -> LM2 | RMT:
     return RMT(cfg) if cfg.kind == "rmt" else LM2(cfg)
 
 
+def write_file(path: str | Path, kind: str, content: dict) -> None:
+    """Write tensors and plain values to one file.
+
+    A file at `path` is replaced only when the new one is complete. Raises OSError if that fails,
+    which names the file and its kind, such as "checkpoint"."""
+    partial = Path(
+        f"{path}.tmp"
+    )  # as data.common.replacing does; lm2.py imports no other file of these
+    try:
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        reason = error
+        if isinstance(error.__context__, OSError):  # torch hides a full disk in its own error
+            reason = error.__context__.strerror
+        raise OSError(f"cannot write the {kind} {path}: {reason}") from None
+    finally:
+        if partial.is_file():
+            partial.unlink()
+
+
+def read_file(path: Path, kind: str, format: str) -> dict:
+    """What a file of `write_file` holds, on the CPU. Loading never runs code from the file.
+
+    Raises ValueError, with a message of one line, for a file that is cut short, or whose content
+    has no such format under the name "format"."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (PermissionError, MemoryError):
+        raise
+    except Exception:  # a broken zip, pickle or tensor: torch has no common class for them
+        raise ValueError(f"{path} is cut short or no {kind}: name another") from None
+    if not isinstance(content, dict) or content.get("format") != format:
+        raise ValueError(f"{path} is of another format than {format}: name another")
+    return content
+
+
 CHECKPOINT_FORMAT = "lm2-checkpoint-1"
 
 
@@ -874,19 +928,7 @@ def save_checkpoint(path: str | Path, model: LM2 | RMT, **content) -> None:
     everything = dict(
         format=CHECKPOINT_FORMAT, config=asdict(model.cfg), model=model.state_dict(), **content
     )
-    partial = Path(f"{path}.tmp")  # as data.common.replacing does, but this file needs no other
-    try:
-        with open(partial, "wb") as file:
-            torch.save(everything, file)
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:
-        reason = error
-        if isinstance(error.__context__, OSError):  # torch hides a full disk in its own error
-            reason = error.__context__.strerror
-        raise OSError(f"cannot write the checkpoint {path}: {reason}") from None
-    finally:
-        if partial.is_file():
-            partial.unlink()
+    write_file(path, "checkpoint", everything)
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[LM2 | RMT, dict]:
@@ -900,14 +942,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
         raise ValueError(f"{path} is a folder: name the checkpoint in it, such as {path}/ckpt.pt")
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}: name another, or run python train.py")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (PermissionError, MemoryError):
-        raise
-    except Exception:  # a broken zip, pickle or tensor: torch has no common class for them
-        raise ValueError(f"{path} is cut short or no checkpoint: name another") from None
-    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path} is of another format than {CHECKPOINT_FORMAT}: name another")
+    content = read_file(path, "checkpoint", CHECKPOINT_FORMAT)
     try:
         model = build_model(LM2Config(**content["config"]))
         model.load_state_dict(content["model"], strict=True)
@@ -917,3 +952,87 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not fit this code: {reason}") from None
     return model.to(device), content
+
+
+STATE_FORMAT = "lm2-state-1"
+
+
+def fingerprint(model: LM2 | RMT) -> str:
+    """32 hexadecimal digits that models with other sizes or weights do not share. The device does
+    not matter."""
+    digest = hashlib.blake2b(str(asdict(model.cfg)).encode(), digest_size=16)
+    for weight in model.state_dict().values():
+        digest.update(weight.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def stacked(carried: list[Tensor | None]) -> Tensor:
+    """What a state carries as one tensor, (number of tensors, B, N, D). Without any it is (0,)."""
+    tensors = [tensor for tensor in carried if tensor is not None]
+    return torch.stack(tensors) if tensors else torch.zeros(0)
+
+
+def restored(model: LM2 | RMT, carried: Tensor, open_ids: Tensor, segment_len: int) -> State:
+    """The state of these parts, whose tensors are on the CPU.
+
+    carried  as `stacked` returns it
+    Raises ValueError, TypeError or RuntimeError for parts that are no state of the model."""
+    if type(segment_len) is not int:
+        raise ValueError(f"segment_len {segment_len!r} is not a whole number")
+    first = model.initial_state(1)
+    needed = stacked(first.carried)
+    if carried.shape != needed.shape or carried.dtype != needed.dtype:
+        raise ValueError(f"carried is {tuple(carried.shape)} {carried.dtype}")
+    if not carried.isfinite().all():
+        raise ValueError("carried holds numbers that are not finite")
+    if (
+        open_ids.ndim != 2
+        or open_ids.dtype != torch.int64
+        or open_ids.numel() > model.cfg.segment_len
+    ):
+        raise ValueError(f"open_ids are {tuple(open_ids.shape)} {open_ids.dtype}")
+    vocab_size = model.cfg.vocab_size
+    if ((open_ids < 0) | (open_ids >= vocab_size)).any():
+        raise ValueError(f"open_ids must lie between 0 and {vocab_size - 1}")
+    tensors = iter(carried)
+    found = [None if tensor is None else next(tensors) for tensor in first.carried]
+    return model.checked_state(1, State(found, open_ids, segment_len), None)
+
+
+def save_state(path: str | Path, model: LM2 | RMT, state: State) -> None:
+    """Write the state of one document, with a batch of 1, to a file of the size of its tensors and
+    about 2 KiB.
+
+    A file at `path` is replaced only when the new one is complete. Raises OSError if that fails,
+    and ValueError for a state that does not fit the model."""
+    state = model.checked_state(1, state, None)
+    content = dict(
+        format=STATE_FORMAT,
+        model=fingerprint(model),
+        segment_len=state.segment_len,
+        # A copy: of a view, torch would write all that it is a view of.
+        open_ids=state.open_ids.cpu().clone(),
+        # One tensor for all blocks: each tensor in a file takes some 200 bytes more.
+        carried=stacked(state.carried).detach().cpu(),
+    )
+    write_file(path, "state", content)
+
+
+def load_state(path: str | Path, model: LM2 | RMT) -> State:
+    """The state in a file of `save_state`, on the model's device.
+
+    Loading never runs code from the file. Raises ValueError, with a message of one line, for a file
+    that is missing, cut short, or of another format, and for a state of another model."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no state {path}: name a file that was saved as one")
+    content = read_file(path, "state", STATE_FORMAT)
+    try:
+        if content["model"] != fingerprint(model):
+            raise ValueError("it comes from a model with other weights")
+        state = restored(model, content["carried"], content["open_ids"], content["segment_len"])
+    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is no state of this model: {reason}") from None
+    device = model.norm.weight.device
+    return state.map(lambda tensor: tensor.to(device))
