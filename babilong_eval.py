@@ -1254,6 +1254,11 @@ def settings_of(args, loaded: Loaded, background: str | None) -> dict:
     return settings
 
 
+def tokenizer_key(loaded: Loaded) -> tuple[str, ...]:
+    """What models with the same tokenizer have in common."""
+    return tuple(loaded.tokenizer.for_checkpoint().values())
+
+
 def run(args) -> None:
     """Ask all models, from where an earlier run stopped, and show the answers."""
     device = pick_device(args.device)
@@ -1274,10 +1279,10 @@ def run(args) -> None:
     settings = []
     for loaded in models:
         describe(args, loaded, device)
-        ranks = loaded.tokenizer.ranks
-        if ranks not in sources:
-            sources[ranks] = read_source(args, loaded.tokenizer, max(counts))
-        samples, background = sources[ranks]
+        key = tokenizer_key(loaded)
+        if key not in sources:
+            sources[key] = read_source(args, loaded.tokenizer, max(counts))
+        samples, background = sources[key]
         check_cells(samples, tasks, counts)
         settings.append(settings_of(args, loaded, background))
     if len(sources) > 1 and args.count == "own":
@@ -1294,7 +1299,7 @@ def run(args) -> None:
 
     predictions = Predictions(out, settings, args.again)
     for loaded in models:
-        samples, _ = sources[loaded.tokenizer.ranks]
+        samples, _ = sources[tokenizer_key(loaded)]
         own_rows = [row for row in predictions.rows if row["model"] == loaded.name]
         check_questions(own_rows, samples, work, out)
     n_done = len(asked & predictions.done)
@@ -1302,7 +1307,7 @@ def run(args) -> None:
         print(f"{out} has {n_done:,} of {len(asked):,} answers already")
     began = time.perf_counter()
     for loaded in models:
-        samples, _ = sources[loaded.tokenizer.ranks]
+        samples, _ = sources[tokenizer_key(loaded)]
         for rows in evaluate(
             loaded.model,
             loaded.tokenizer,

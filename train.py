@@ -1,4 +1,4 @@
-"""Train LM2 on BABILong documents made on the fly: few facts first, then prose, then many segments.
+"""Train LM2 on stories made on the fly, with questions (BABILong), or on any text.
 
     # half a minute: it runs, it learns nothing
     python train.py --tokens 300000 --table_n 9 --out_dir out/quick
@@ -7,11 +7,16 @@
     # stop after 20 minutes, and go on later
     python train.py --tokens 30000000 --minutes 20
     python train.py --resume --minutes 20
+    # a language model of Python's library, or of your own files
+    python train.py --recipe text --out_dir out/text
+    python train.py --text books/ notes.md --out_dir out/books
     # on several GPUs, which share the micro-batches of a step
     torchrun --nproc_per_node 4 train.py --preset gpu --accumulate 4 --batch_size 16
 
-Writes ckpt.pt, metrics.jsonl and table.jsonl to --out_dir. The table is that of accuracy against
-length, with which a run ends. `python babilong_eval.py` and `python sample.py` read the checkpoint.
+Writes ckpt.pt and metrics.jsonl to --out_dir. A run ends with a table, which is written there, too:
+the accuracy against length (table.jsonl), or for text the loss by position (loss.json). A run on
+text also keeps its token ids there, in text/. `python babilong_eval.py` and `python sample.py` read
+the checkpoint.
 
 `train` is the loop. On a CPU, a step is shared by several processes, each of one thread, if their
 number divides --accumulate: small products are not worth splitting among threads.
@@ -22,6 +27,7 @@ import hashlib
 import math
 import multiprocessing.connection
 import os
+import platform
 import random
 import shutil
 import signal
@@ -55,6 +61,7 @@ from data.common import (
     keep_freed_memory,
     one_line,
     pick_device,
+    save_json,
 )
 from data.document import length_name, parse_length
 from data.lessons import (
@@ -66,8 +73,20 @@ from data.lessons import (
     Stage,
     parse_stages,
 )
+from data.loss import measure, ratio, summary
+from data.loss import table as loss_table
 from data.recipes import PRESETS, QA1, RECIPE_OF, RECIPES
-from data.tokenizer import Tokenizer, load, of_checkpoint
+from data.text import (
+    TOKEN_FILES,
+    Documents,
+    Windows,
+    describe_sources,
+    read_tokens,
+    token_folder,
+    write_documents,
+)
+from data.tokenizer import Tokenizer, of_checkpoint
+from data.tokenizer import choose as choose_tokenizer
 from lm2 import LM2, RMT, LM2Config, build_model, load_checkpoint, save_checkpoint
 
 # -------------------------------------------------------------------------------------------------
@@ -81,6 +100,13 @@ CLIP = 1.0  # longest gradient, as a norm over all parameters
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl; stages end at these steps alone
 VALIDATION_SEED = -1  # of the questions of validations
 TABLE_SEED = 0  # of those of the table, as in babilong_eval.py
+VALIDATION_DOCUMENTS = 16  # of a validation on text, and how many bytes of each
+VALIDATION_BYTES = 2048
+N_SAMPLES = 3  # texts that a model of text writes at the end of its run
+SAMPLE_TOKENS = 200
+SAMPLE_TEMPERATURE = 0.8
+SAMPLE_SEED = 0
+LOG_NAME = "metrics.jsonl"
 LEAVE_WINDOW = 16  # steps on the longest documents, whose accuracy ends a stage
 
 
@@ -118,7 +144,7 @@ class TrainConfig:
         "The curriculum, from easy to hard. Each stage is facts:segments[:tokens][@task,task]: the "
         "most facts in a document, the most segments, the tokens of a segment and the tasks. A "
         "stage of 0 segments has facts without prose. The stage echo has lists of tokens that are "
-        "said twice.",
+        "said twice. In a run on text a stage is text:tokens, windows of this many tokens.",
     )
     background: str | None = flag(
         None, "A folder of .txt files to hide facts in. Without it, Python's documentation is used."
@@ -131,6 +157,19 @@ class TrainConfig:
         "The names of people, rooms and things in the training documents: own for bAbI's own "
         "alone, many for many more. The evaluation has bAbI's own in any case.",
     )
+    text: tuple[str, ...] = flag(
+        (),
+        "Files and folders of text to learn. They imply --recipe text. Without them that recipe "
+        "learns the modules of Python's library.",
+        is_path=True,
+    )
+    tokenizer: str = flag(
+        "shipped",
+        "The tokenizer of a new model of text: shipped, bytes, gpt2, learned, ids, or a file that "
+        "`python -m data.tokenizer` has written. learned makes one from the texts first. ids is "
+        "for files of token ids whose texts are unknown.",
+    )
+    skip_bad: bool = flag(False, "Files of --text that are not UTF-8 are left out.")
     plain: float = flag(0.1, "This share of the batches has no prose, in stages that have prose.")
     longest: float = flag(
         0.5,
@@ -167,13 +206,18 @@ class TrainConfig:
     stage_steps: int = flag(1500, "A stage ends after this many steps in any case.")
 
     # A step
-    batch_size: int = flag(16, "A micro-batch has at most this many documents.")
+    batch_size: int = flag(16, "A micro-batch has at most this many documents, or windows of text.")
     batch_tokens: int = flag(4096, "A micro-batch has at most this many tokens.")
     accumulate: int = flag(
         2, "A step sums the gradients of this many micro-batches, over all processes together."
     )
     lr: float = flag(2e-3, "The learning rate after the warm-up.")
     decay: float = flag(0.25, "The learning rate falls to 0 over this last share of the run.")
+    gate_lr: float = flag(
+        1.0,
+        "The gates and the nulls of a memory learn at this multiple of the learning rate. Above 1 "
+        "their weights do not decay.",
+    )
 
     # How it is computed
     device: str = flag("auto", "The device to compute on: auto, cpu or cuda.")
@@ -235,6 +279,7 @@ class TrainConfig:
         self.check("accumulate", 1, math.inf)
         self.check("lr", 1e-12, 1e3)
         self.check("decay", 1e-9, 1)
+        self.check("gate_lr", 1, 1000)
         self.check("processes", 1, 4096)
         self.check("threads", 0, 4096)
         self.check("workers", 0, 256)
@@ -252,7 +297,19 @@ class TrainConfig:
             )
         if self.names not in ("own", "many"):
             raise ValueError(f"--names {self.names!r} is unknown: choose own or many")
-        if not self.tasks:
+        if self.text and not self.is_text:
+            raise ValueError(f"--text {self.text[0]} with --recipe {self.recipe}: leave one out")
+        if self.tokenizer != "shipped" and not self.is_text:
+            raise ValueError(
+                f"--tokenizer {self.tokenizer} is for --recipe text: the stories need the shipped "
+                "one, leave it out"
+            )
+        if self.is_text and self.tasks:
+            raise ValueError(
+                f"--tasks {' '.join(self.tasks)} in a run on text: leave --tasks out, or give "
+                "another --recipe"
+            )
+        if not self.tasks and not self.is_text:
             raise ValueError(f"--tasks is empty: choose from {' '.join(TASKS)}")
         check_tasks(self.tasks)
         if not self.table_lengths:
@@ -268,6 +325,11 @@ class TrainConfig:
         if high == math.inf:
             raise ValueError(f"--{name} {value} must be at least {low}")
         raise ValueError(f"--{name} {value} must lie between {low} and {high}")
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the run learns text, not stories."""
+        return self.recipe == "text"
 
     @property
     def lengths(self) -> list[int]:
@@ -293,7 +355,15 @@ SIZE_FLAGS = dict(
 )
 
 # Settings that older checkpoints lack, with the values that their runs had.
-MISSING_IN_OLDER = dict(names="own", short_questions=8, longest=0.5)
+MISSING_IN_OLDER = dict(
+    names="own",
+    short_questions=8,
+    longest=0.5,
+    text=(),
+    tokenizer="shipped",
+    skip_bad=False,
+    gate_lr=1.0,
+)
 
 # What may change where a run is resumed: how it is computed, stopped and evaluated, and where the
 # same texts lie.
@@ -301,6 +371,7 @@ MAY_CHANGE = (
     "out_dir",
     "background",
     "stories",
+    "text",
     "minutes",
     "total_minutes",
     "device",
@@ -386,6 +457,10 @@ def read_flags(argv: list[str] | None) -> Flags:
             sizes[name] = value
         else:
             settings[name] = value
+    if "text" in settings:
+        settings.setdefault("recipe", "text")
+        if token_folder(settings["text"]) is not None and "init" not in settings:
+            settings.setdefault("tokenizer", "gpt2")  # that of nanoGPT's files
     if "tasks" in settings:
         settings["tasks"] = tuple(dict.fromkeys(settings["tasks"]))  # each once
     if "init" in settings:
@@ -394,6 +469,10 @@ def read_flags(argv: list[str] | None) -> Flags:
             raise ValueError(
                 f"--init {settings['init']} has sizes of its own: leave --{wrong[0]} out"
             )
+        if "tokenizer" in settings:
+            raise ValueError(
+                f"--init {settings['init']} has a tokenizer of its own: leave --tokenizer out"
+            )
         model, content = load_checkpoint(settings["init"])
         sizes = asdict(model.cfg)
         before = content.get("train", {})
@@ -401,6 +480,8 @@ def read_flags(argv: list[str] | None) -> Flags:
         preset = before.get("preset")
         if preset not in PRESETS:
             preset = None  # the checkpoint is of other presets than these
+        if recipe == "text" and before.get("recipe") == "text" and "text" not in settings:
+            settings = dict(text=before["text"], skip_bad=before["skip_bad"]) | settings
         cfg = TrainConfig(**settings_of(recipe, preset, sizes) | settings)
     else:
         recipe = settings.get("recipe")
@@ -599,6 +680,10 @@ class Processes:
             dist.destroy_process_group()
             self.group = None
 
+    def wait_for_first(self) -> None:
+        """Wait until the first process has come here, too."""
+        self.told_by_first(0)
+
     def told_by_first(self, *numbers: float) -> list[float]:
         """The numbers that the first process gives. What the others give counts for nothing."""
         if self.group is None:
@@ -776,32 +861,58 @@ class Progress:
         return share
 
 
-def optimizer_groups(model: LM2 | RMT) -> list[dict]:
-    """The parameters in two groups for AdamW. Matrices decay; the weights of norms, the biases and
-    the scores of nulls do not."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    return [
-        dict(params=matrices, weight_decay=WEIGHT_DECAY),
-        dict(params=others, weight_decay=0.0),
+GATES = ("w_in", "w_out", "w_forget", "null")  # of a memory
+
+
+def optimizer_groups(model: LM2 | RMT, gate_lr: float) -> list[dict]:
+    """The parameters in groups for AdamW. Matrices decay; the weights of norms, the biases and the
+    scores of nulls do not. With a gate_lr above 1 the gates are a group of their own."""
+    matrices = []
+    others = []
+    gates = []
+    for name, p in model.named_parameters():
+        is_gate = any(f".memory.{gate}" in name for gate in GATES)
+        if is_gate and gate_lr > 1:
+            gates.append(p)
+        elif p.ndim >= 2:
+            matrices.append(p)
+        else:
+            others.append(p)
+    groups = [
+        dict(params=matrices, weight_decay=WEIGHT_DECAY, multiple=1.0),
+        dict(params=others, weight_decay=0.0, multiple=1.0),
     ]
+    if gates:
+        groups.append(dict(params=gates, weight_decay=0.0, multiple=gate_lr))
+    return groups
 
 
-def make_lessons(cfg: TrainConfig, train_set: Builder, last_stage: Stage | None = None) -> Lessons:
-    """All batches of a run with these settings."""
+@dataclass(frozen=True)
+class Data:
+    """What a run learns, and what it is measured with."""
+
+    batches: Lessons | Windows  # the batches of training, as data.lessons.Batches takes them
+    train_set: Builder | Documents
+    val_set: Builder | Documents
+    fingerprint: str  # a short text that changes with the texts that the run reads
+
+
+def make_lessons(cfg: TrainConfig, train_set: Builder, segment_len: int) -> Lessons:
+    """All batches of a run on stories with these settings. segment_len  of the model"""
+    stages = parse_stages(cfg.stages, segment_len, cfg.tasks, cfg.whole)
     return Lessons(
         train_set,
-        cfg.tasks,
-        cfg.batch_size,
-        cfg.batch_tokens,
-        cfg.plain,
-        cfg.asides,
-        cfg.seed,
-        cfg.accumulate,
-        cfg.usual,
-        cfg.short_questions,
-        last_stage,
-        cfg.longest,
+        tasks=cfg.tasks,
+        batch_size=cfg.batch_size,
+        batch_tokens=cfg.batch_tokens,
+        plain=cfg.plain,
+        n_asides=cfg.asides,
+        seed=cfg.seed,
+        accumulate=cfg.accumulate,
+        usual=cfg.usual,
+        short_questions=cfg.short_questions,
+        last_stage=stages[-1],
+        longest=cfg.longest,
     )
 
 
@@ -830,6 +941,19 @@ def with_fewer_shapes(batch: Batch, stage: Stage) -> Batch:
     return batch.padded(width, multiple=1024)
 
 
+@contextlib.contextmanager
+def evaluating(n_threads: int) -> Iterator[None]:
+    """Within it the model runs with n_threads, as the other processes wait. It also runs without
+    compiled graphs, because an evaluation has too many shapes for them."""
+    train_threads = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.set_num_threads(train_threads)
+
+
 def ask(
     model: LM2 | RMT,
     tokenizer: Tokenizer,
@@ -841,30 +965,40 @@ def ask(
     show: bool = False,  # a bar
 ) -> list[dict]:
     """Predictions, as babilong_eval.py makes them, on documents that are never trained on."""
-    train_threads = torch.get_num_threads()
-    torch.set_num_threads(threads)  # the other processes wait meanwhile
     samples = generated(val_set, seed)
     rows = []
-    with torch.compiler.set_stance("force_eager"):  # an evaluation has too many shapes to compile
+    with evaluating(threads):
         for found in evaluate(
             model, tokenizer, samples, work, modes, name=model.cfg.kind, show=show
         ):
             rows.extend(found)
-    torch.set_num_threads(train_threads)
     return rows
 
 
-def validate(
+def validate_answers(
     cfg: TrainConfig, model: LM2 | RMT, tokenizer: Tokenizer, val_set: Builder, threads: int
 ) -> dict[str, float]:
     """The share of right answers at each task and each length of the table up to 4k."""
     short = [length for length in cfg.lengths if length <= 4000] or cfg.lengths[:1]
     work = [(task, length, cfg.eval_n) for task in cfg.tasks for length in short]
+    rows = ask(model, tokenizer, val_set, work, VALIDATION_SEED, ("on",), threads)
     shares = {}
-    for cell in to_cells(ask(model, tokenizer, val_set, work, VALIDATION_SEED, ("on",), threads)):
+    for cell in to_cells(rows):
         name = f"{cell['task']} {length_name(cell['length'])}"
         shares[name] = round(cell["exact"] / cell["n"], 4)
     return shares
+
+
+def validate_text(
+    model: LM2 | RMT, tokenizer: Tokenizer, val_set: Documents, threads: int
+) -> dict[str, float]:
+    """The loss on the first tokens of some documents, under the name of its unit."""
+    with evaluating(threads):
+        measured = measure(
+            model, tokenizer, val_set, VALIDATION_DOCUMENTS, VALIDATION_BYTES, modes=("on",)
+        )
+    loss, _ = ratio(*measured.sums("on"))
+    return {measured.unit: round(loss, 4)}
 
 
 class Record:
@@ -976,11 +1110,9 @@ def train(
     cfg: TrainConfig,
     model: LM2 | RMT,
     tokenizer: Tokenizer,
-    train_set: Builder,
-    val_set: Builder,
+    data: Data,
     device: torch.device,
     processes: Processes,
-    texts: str,  # a fingerprint of the texts, for the checkpoint
     saved: dict | None,  # the checkpoint to go on from
     log: JsonLines | None,  # of the first process
     interrupts: list[float],  # not empty once Ctrl-C was pressed
@@ -992,7 +1124,9 @@ def train(
     is_cuda = device.type == "cuda"
     path = Path(cfg.out_dir, "ckpt.pt")
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(optimizer_groups(model), lr=cfg.lr, betas=BETAS, fused=True)
+    optimizer = torch.optim.AdamW(
+        optimizer_groups(model, cfg.gate_lr), lr=cfg.lr, betas=BETAS, fused=True
+    )
     stages = parse_stages(cfg.stages, model.cfg.segment_len, cfg.tasks, cfg.whole)
     curriculum = Curriculum(stages, cfg.leave_at, cfg.leave_plain_at, LEAVE_WINDOW, cfg.stage_steps)
     end = min(cfg.tokens, cfg.final_tokens) if curriculum.is_last else cfg.tokens
@@ -1008,7 +1142,7 @@ def train(
     # Micro-batches are numbered through the whole run. Of n processes, that of rank r takes the
     # numbers r, r + n, r + 2 n and so on.
     batches = Batches(
-        make_lessons(cfg, train_set, stages[-1]),
+        data.batches,
         curriculum.stage,
         number=progress.step * cfg.accumulate + processes.rank,
         stride=processes.n,
@@ -1043,23 +1177,24 @@ def train(
         record = Record(cfg, log, progress, len(stages))
     began = time.perf_counter() - progress.seconds  # as if without a break
     stop_at = math.inf if cfg.minutes is None else progress.seconds + 60 * cfg.minutes
-    # is_done: the run has reached its end, or this call's --minutes are spent. is_over: that, or
-    # Ctrl-C was pressed. Then the loop ends. A finished run that is resumed takes no step.
-    is_done = progress.share_done(cfg) >= 1
-    is_over = is_done
+    # is_call_done: the run has reached its end, or this call's --minutes are spent.
+    # must_stop: that, or Ctrl-C was pressed. Then the loop ends.
+    # A finished run that is resumed takes no step.
+    is_call_done = progress.share_done(cfg) >= 1
+    must_stop = is_call_done
 
     while True:
         # Every process computes these three, but only the first one's are right: it alone has the
         # clock, sees Ctrl-C and ends stages. All go on with its values.
         lr = learning_rate(cfg, progress.step, progress.share_done(cfg))
-        lr, stage_number, is_over = processes.told_by_first(lr, curriculum.number, is_over)
-        if is_over:
+        lr, stage_number, must_stop = processes.told_by_first(lr, curriculum.number, must_stop)
+        if must_stop:
             break
         curriculum.number = int(stage_number)
         stage = curriculum.stage
         batches.enter(stage)  # within a stage this does nothing
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("multiple", 1.0)  # older checkpoints lack it
 
         # One step: the gradients of this process's micro-batches, their sum over all processes
         sums = torch.zeros(4, device=device)  # loss, right words, words, tokens
@@ -1088,14 +1223,14 @@ def train(
         record.add_step(n_tokens, is_longest, norm, sums)
         curriculum.steps += 1
         progress.seconds = time.perf_counter() - began
-        is_done = progress.share_done(cfg) >= 1 or progress.seconds >= stop_at
-        is_over = is_done or bool(interrupts)
+        is_call_done = progress.share_done(cfg) >= 1 or progress.seconds >= stop_at
+        must_stop = is_call_done or bool(interrupts)
         is_validation_due = progress.tokens // cfg.eval_every > (
             (progress.tokens - n_tokens) // cfg.eval_every
         )
         is_line_due = progress.step % LOG_EVERY == 0
 
-        if is_line_due or is_validation_due or is_over:
+        if is_line_due or is_validation_due or must_stop:
             accuracies = record.write_line(curriculum, lr)  # this waits for the device
             curriculum.recent.extend(accuracies)
 
@@ -1108,30 +1243,36 @@ def train(
                     record.new_end()
 
         # Save before the evaluation: whoever presses Ctrl-C twice shall not lose anything.
-        if is_validation_due or is_over:
+        if is_validation_due or must_stop:
             save_checkpoint(
                 path,
                 model,
-                tokenizer=tokenizer.ranks,
+                **tokenizer.for_checkpoint(),
                 train=asdict(cfg),
                 optimizer=optimizer.state_dict(),
                 curriculum=curriculum.state_dict(),
                 progress=asdict(progress),
-                texts=texts,
+                texts=data.fingerprint,
             )
 
         # If Ctrl-C was pressed during the save, no time is spent here. The next step notices it.
-        if is_validation_due and not is_over and not interrupts:
-            shares = validate(cfg, model, tokenizer, val_set, processes.eval_threads)
-            record.write(validation=shares)
-            percents = [f"{name} {100 * share:.0f} %" for name, share in shares.items()]
-            record.say(f"validation {', '.join(percents)}")
+        is_last_of_text = cfg.is_text and is_call_done  # so that the curve ends where the run does
+        if (is_validation_due and not must_stop or is_last_of_text) and not interrupts:
+            threads = processes.eval_threads
+            if cfg.is_text:
+                found = validate_text(model, tokenizer, data.val_set, threads)
+                shown = [f"{loss:.3f} {unit}" for unit, loss in found.items()]
+            else:
+                found = validate_answers(cfg, model, tokenizer, data.val_set, threads)
+                shown = [f"{name} {100 * share:.0f} %" for name, share in found.items()]
+            record.write(validation=found)
+            record.say(f"validation {', '.join(shown)}")
             record.restart_clock()
 
     batches.close()
     if not processes.is_first:
         return
-    if interrupts and not is_done:
+    if interrupts and not is_call_done:
         record.bar.close()
         print(f"saved {path}: go on with --resume", flush=True)
         raise KeyboardInterrupt
@@ -1157,8 +1298,19 @@ def make_model(flags: Flags, device: torch.device) -> tuple[LM2 | RMT, Tokenizer
     elif cfg.init is not None:
         model, content = load_checkpoint(cfg.init)
         tokenizer = of_checkpoint(content, cfg.init)
+        learned_text = content.get("train", {}).get("recipe") == "text"
+        shipped = choose_tokenizer("shipped")
+        if (
+            learned_text
+            and not cfg.is_text
+            and tokenizer.for_checkpoint() != shipped.for_checkpoint()
+        ):
+            raise ValueError(
+                f"--init {cfg.init} has another tokenizer than the shipped one, which stories "
+                "need: train it with --tokenizer shipped"
+            )
     else:
-        tokenizer = load()
+        tokenizer = choose_tokenizer(cfg.tokenizer, cfg.text)
         torch.manual_seed(cfg.seed)
         model = build_model(LM2Config(**flags.sizes | dict(vocab_size=tokenizer.n_vocab)))
     model.to(device)
@@ -1170,21 +1322,17 @@ def make_model(flags: Flags, device: torch.device) -> tuple[LM2 | RMT, Tokenizer
     return model, tokenizer, saved
 
 
-def make_data(cfg: TrainConfig, tokenizer: Tokenizer) -> tuple[Builder, Builder]:
-    """The makers of documents to train on and of documents to evaluate.
+def make_story_data(cfg: TrainConfig, tokenizer: Tokenizer, segment_len: int) -> Data:
+    """The data of a run on stories.
 
-    ValueError for files, tasks or lengths that cannot be, before any time is spent."""
+    segment_len  of the model
+    ValueError for files, tasks or lengths that do not work. It comes before the first step."""
     documents = background.documents(cfg.background)
     train_set = Builder(tokenizer, "train", cfg.background, documents, cfg.stories, names=cfg.names)
     val_set = Builder(tokenizer, "val", cfg.background, documents, cfg.stories)
     check_cells(generated(val_set, cfg.seed), cfg.tasks, cfg.lengths)
     for task in cfg.tasks:
-        train_set.story(task, 2, random.Random(0))
-    return train_set, val_set
-
-
-def fingerprint(cfg: TrainConfig, train_set: Builder, val_set: Builder) -> str:
-    """A short text that changes with the prose and the files of stories that a run reads."""
+        train_set.story(task, 2, random.Random(0))  # a task without stories is found here
     digest = hashlib.blake2b(digest_size=8)
     for builder in (train_set, val_set):
         digest.update("".join(builder.sentences).encode())
@@ -1192,14 +1340,59 @@ def fingerprint(cfg: TrainConfig, train_set: Builder, val_set: Builder) -> str:
             continue
         for task in cfg.tasks:
             digest.update(find_file(cfg.stories, task, builder.part).read_bytes())
-    return digest.hexdigest()
+    return Data(make_lessons(cfg, train_set, segment_len), train_set, val_set, digest.hexdigest())
+
+
+def check_nobody_writes(log_path: Path) -> None:
+    """ValueError if another run writes its log there."""
+    if log_path.exists():
+        with JsonLines(log_path, math.inf):
+            pass
+
+
+def make_text_data(
+    cfg: TrainConfig, tokenizer: Tokenizer, sizes: LM2Config, processes: Processes, resume: bool
+) -> Data:
+    """The data of a run on text. Files of token ids are used where they lie. The ids of other texts
+    are written to --out_dir once, and --resume reads them again.
+
+    sizes  of the model
+    ValueError for texts that do not work. It comes before the first step."""
+    given = token_folder(cfg.text)
+    folder = given or Path(cfg.out_dir, "text")
+    is_there = all((folder / name).is_file() for name in TOKEN_FILES)
+    if processes.is_first and given is None and not (resume and is_there):
+        check_nobody_writes(Path(cfg.out_dir, LOG_NAME))
+        write_documents(folder, cfg.text, tokenizer, cfg.skip_bad)
+    processes.wait_for_first()
+    train_set, val_set = [read_tokens(folder / name, tokenizer) for name in TOKEN_FILES]
+    windows = Windows(train_set, cfg.batch_size, cfg.batch_tokens, cfg.seed)
+    for stage in parse_stages(cfg.stages, sizes.segment_len, cfg.tasks, cfg.whole):
+        n_tokens = stage.segments * stage.segment_len
+        if stage.segments == 1 and sizes.kind != "llama":
+            raise ValueError(
+                f"a window of {n_tokens} tokens is one segment, so that no memory is ever used: "
+                f"give longer ones, such as --stages text:{8 * sizes.segment_len}"
+            )
+        windows.up_to(n_tokens)  # texts that are too short are found here
+    digest = hashlib.blake2b(digest_size=8)
+    for documents in (train_set, val_set):
+        digest.update(str(len(documents.ids)).encode())
+        digest.update(documents.ids[:1_000_000].tobytes())
+        digest.update(documents.ids[-1_000_000:].tobytes())
+    return Data(windows, train_set, val_set, digest.hexdigest())
+
+
+def table_file(cfg: TrainConfig) -> str:
+    """The name of the file with what the closing table shows."""
+    return "loss.json" if cfg.is_text else "table.jsonl"
 
 
 def describe(
     cfg: TrainConfig,
     model: LM2 | RMT,
-    train_set: Builder,
-    val_set: Builder,
+    tokenizer: Tokenizer,
+    data: Data,
     device: torch.device,
     processes: Processes,
 ) -> str:
@@ -1225,10 +1418,6 @@ def describe(
     shared_by = f"{processes.train_threads} threads" if processes.train_threads > 1 else "1 thread"
     if processes.n > 1:
         shared_by = f"{processes.n} processes of {shared_by}"
-    tasks = " ".join(cfg.tasks)
-    if cfg.names == "many":
-        tasks += ", with many names in training"
-    prose = cfg.background or "Python's documentation"
     end = f"{cfg.tokens / 1e6:,.1f} M tokens"
     if cfg.final_tokens < cfg.tokens:
         end += f", or {cfg.final_tokens / 1e6:,.1f} M in the last stage"
@@ -1239,24 +1428,53 @@ def describe(
         ("", f"{sizes.n_layer} blocks of width {sizes.n_embd}, {remembers}"),
         ("", f"segments of {sizes.segment_len} tokens"),
         ("recipe", f"{cfg.recipe}, with the preset {cfg.preset}"),
-        ("tasks", tasks),
-        ("stages", f"{len(cfg.stages)}, from {cfg.stages[0]} to {cfg.stages[-1]}"),
-        ("prose", f"{prose}: {len(train_set.prose):,} tokens to train on,"),
-        (
-            "",
-            f"{len(val_set.prose):,} to validate, {train_set.chars_per_token:.2f} characters each",
-        ),
+        *describe_data(cfg, sizes, tokenizer, data),
         ("step", f"{cfg.accumulate} micro-batches of up to {cfg.batch_size} documents and"),
         ("", f"{cfg.batch_tokens:,} tokens, learning rate {cfg.lr:g}"),
         ("end", f"after {end}"),
         ("device", f"{device} ({why}), {number_type}, {shared_by}"),
-        ("output", f"{Path(cfg.out_dir)}: ckpt.pt, metrics.jsonl, table.jsonl"),
+        ("output", f"{Path(cfg.out_dir)}: ckpt.pt, metrics.jsonl, {table_file(cfg)}"),
     ]
-    return "\n".join(f"{name:8}{text}" for name, text in rows)
+    return "\n".join(f"{name:8}{value}" for name, value in rows)
+
+
+def describe_data(
+    cfg: TrainConfig, sizes: LM2Config, tokenizer: Tokenizer, data: Data
+) -> list[tuple[str, str]]:
+    """The rows of that table that tell what is learned."""
+    if cfg.is_text:
+        stages = parse_stages(cfg.stages, sizes.segment_len, cfg.tasks, cfg.whole)
+        sources = describe_sources(cfg.text)
+        if not cfg.text:
+            sources += f", that of {platform.python_version()}"
+        longest = max(stage.segments * stage.segment_len for stage in stages)
+        n_long = int((data.train_set.sizes > longest).sum())
+        return [
+            ("text", sources),
+            (
+                "",
+                f"{len(data.train_set):,} documents, {len(data.train_set.ids):,} tokens to train,",
+            ),
+            ("", f"{n_long:,} of them longer than a window; {tokenizer.n_vocab:,} ids"),
+            ("", f"{len(data.val_set):,} documents, {len(data.val_set.ids):,} tokens to validate"),
+            ("windows", ", ".join(str(stage) for stage in stages)),
+        ]
+    tasks = " ".join(cfg.tasks)
+    if cfg.names == "many":
+        tasks += ", with many names in training"
+    prose = cfg.background or "Python's documentation"
+    n_train = len(data.train_set.prose)
+    n_val = len(data.val_set.prose)
+    return [
+        ("tasks", tasks),
+        ("stages", f"{len(cfg.stages)}, from {cfg.stages[0]} to {cfg.stages[-1]}"),
+        ("prose", f"{prose}: {n_train:,} tokens to train on,"),
+        ("", f"{n_val:,} to validate, {data.train_set.chars_per_token:.2f} characters each"),
+    ]
 
 
 def run(flags: Flags, processes: Processes, meet_at: str | None) -> None:
-    """Train, and print the table of accuracy against length: what each process does.
+    """What each process does: it trains. The first one also prints and writes the closing table.
 
     meet_at  the address at which the processes meet; None where there is only one"""
     cfg = flags.cfg
@@ -1271,14 +1489,16 @@ def run(flags: Flags, processes: Processes, meet_at: str | None) -> None:
         if meet_at is not None:
             processes.join(meet_at, device.type)
         model, tokenizer, saved = make_model(flags, device)
-        train_set, val_set = make_data(cfg, tokenizer)
-        texts = fingerprint(cfg, train_set, val_set)
-        if saved is not None and saved.get("texts", texts) != texts:
+        if cfg.is_text:
+            data = make_text_data(cfg, tokenizer, model.cfg, processes, flags.resume)
+        else:
+            data = make_story_data(cfg, tokenizer, model.cfg.segment_len)
+        if saved is not None and saved.get("texts", data.fingerprint) != data.fingerprint:
             raise ValueError(
-                "--resume finds other texts than the run was trained on: name their folders with "
-                "--background and --stories. Python's own prose changes with its version"
+                "--resume finds other texts than the run was trained on: name them with "
+                "--background, --stories or --text. Python's own texts change with its version"
             )
-        arguments = (cfg, model, tokenizer, train_set, val_set, device, processes, texts, saved)
+        arguments = (cfg, model, tokenizer, data, device, processes, saved)
         if not processes.is_first:
             try:
                 train(*arguments, log=None, interrupts=[])
@@ -1294,19 +1514,20 @@ def run(flags: Flags, processes: Processes, meet_at: str | None) -> None:
         first_step = None if saved is None else saved["progress"]["step"]
         with (
             interrupts_kept(interrupts),
-            JsonLines(folder / "metrics.jsonl", first_step) as log,
+            JsonLines(folder / LOG_NAME, first_step) as log,
         ):
-            print(describe(cfg, model, train_set, val_set, device, processes), flush=True)
+            print(describe(cfg, model, tokenizer, data, device, processes), flush=True)
             if first_step is not None:
                 print(f"goes on from step {first_step}", flush=True)
             train(*arguments, log, interrupts)
         processes.leave()  # the others have ended
-        modes = ("on",) if model.cfg.kind == "llama" else ("on", "off")
-        work = [(task, length, cfg.table_n) for task in cfg.tasks for length in cfg.lengths]
-        threads = processes.eval_threads
-        rows = ask(model, tokenizer, val_set, work, TABLE_SEED, modes, threads, show=True)
-        save(rows, folder / "table.jsonl")
-        print(table(to_cells(rows)))
+        path = folder / table_file(cfg)
+        if cfg.is_text:
+            with evaluating(processes.eval_threads):
+                show_losses(model, tokenizer, data.val_set, path)
+                show_samples(model, tokenizer)
+        else:
+            show_answers(cfg, model, tokenizer, data.val_set, path, processes.eval_threads)
     except ProcessLost:
         if torch.cuda.is_initialized():
             processes.group = None  # to leave it in order would wait for the lost process
@@ -1318,6 +1539,42 @@ def run(flags: Flags, processes: Processes, meet_at: str | None) -> None:
     finally:
         processes.leave()
         torch.set_num_threads(threads_before)
+
+
+def show_answers(
+    cfg: TrainConfig,
+    model: LM2 | RMT,
+    tokenizer: Tokenizer,
+    val_set: Builder,
+    path: Path,
+    threads: int,
+) -> None:
+    """Print the table of accuracy against length, and write its answers to a file."""
+    modes = ("on",) if model.cfg.kind == "llama" else ("on", "off")
+    work = [(task, length, cfg.table_n) for task in cfg.tasks for length in cfg.lengths]
+    rows = ask(model, tokenizer, val_set, work, TABLE_SEED, modes, threads, show=True)
+    save(rows, path)
+    print(table(to_cells(rows)))
+
+
+def show_losses(model: LM2 | RMT, tokenizer: Tokenizer, val_set: Documents, path: Path) -> None:
+    """Print the table of the loss by position, and write its figures to a file."""
+    measured = measure(model, tokenizer, val_set)
+    columns = {mode: (measured, mode) for mode in measured.nats}
+    print(loss_table(columns))
+    save_json(summary(measured) | dict(python=platform.python_version()), path)
+
+
+def show_samples(model: LM2 | RMT, tokenizer: Tokenizer) -> None:
+    """Print some texts that the model writes from nothing."""
+    device = model.norm.weight.device
+    generator = torch.Generator(device).manual_seed(SAMPLE_SEED)
+    start = torch.full((N_SAMPLES, 1), tokenizer.eot, device=device)
+    samples = model.generate(start, SAMPLE_TOKENS, SAMPLE_TEMPERATURE, generator)
+    for ids in samples[:, 1:].tolist():
+        if tokenizer.eot in ids:
+            ids = ids[: ids.index(tokenizer.eot)]
+        print(f"\n{' a sample ':-^79}\n{tokenizer.decode(ids)}")
 
 
 def main(argv: list[str] | None = None) -> None:

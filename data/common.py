@@ -31,9 +31,11 @@ except ImportError:
     fcntl = None  # Windows: there a second run in the same folder is not noticed
 
 
-def flag(default: Any, help: str) -> Any:
-    """A field of a dataclass with the help text of its flag."""
-    return dataclasses.field(default=default, metadata=dict(help=help))
+def flag(default: Any, help: str, is_path: bool = False) -> Any:
+    """A field of a dataclass with the help text of its flag.
+
+    is_path  the values are paths, which may hold spaces"""
+    return dataclasses.field(default=default, metadata=dict(help=help, is_path=is_path))
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,15 +51,18 @@ class Parser(argparse.ArgumentParser):
         """Add a flag for each field of a dataclass, all of which were made by `flag`.
 
         A flag that is not given is None, so that it can be told from one that is given with its
-        default. A tuple of texts is given with spaces between, quoted or not."""
+        default. A tuple of texts is given with spaces between, quoted or not; a path that holds a
+        space is quoted."""
         kinds = typing.get_type_hints(config)
         for field in dataclasses.fields(config):
             kind = kinds[field.name]
             options = dict(default=None, help=help_text(field.metadata["help"], field.default))
             if typing.get_origin(kind) is tuple:
-                self.add_argument(
-                    f"--{field.name}", nargs="+", action=Words, metavar="TEXT", **options
-                )
+                if field.metadata["is_path"]:
+                    options |= dict(action=Tuple, metavar="PATH")
+                else:
+                    options |= dict(action=Words, metavar="TEXT")
+                self.add_argument(f"--{field.name}", nargs="+", **options)
                 continue
             if isinstance(kind, types.UnionType):
                 (kind,) = set(typing.get_args(kind)) - {types.NoneType}
@@ -79,6 +84,13 @@ class Parser(argparse.ArgumentParser):
             n_numbers = "+" if isinstance(default, tuple) else None
             text = help_text(text, default)
             group.add_argument(f"--{name}", nargs=n_numbers, type=int, metavar="INT", help=text)
+
+
+class Tuple(argparse.Action):
+    """Keeps the arguments of a flag as a tuple."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(values))
 
 
 class Words(argparse.Action):

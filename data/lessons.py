@@ -48,20 +48,26 @@ LONGEST_ECHO = MOST_LISTED + MOST_BETWEEN + MOST_LISTED
 
 @dataclass(frozen=True)
 class Stage:
-    """A level of difficulty."""
+    """A level of difficulty. "echo" has no facts and no segments. "text" has segments alone."""
 
-    facts: int  # most facts in a document, of 2 on; 0 in the stage "echo", which has none
-    segments: int  # most segments of a document, its questions included; 0: there is no prose
+    facts: int  # most facts in a document, 2 or more; 0 in "echo" and "text"
+    segments: int  # most segments of a document, its questions included; a window has exactly these
     segment_len: int  # tokens in a segment
     tasks: tuple[str, ...] = ()  # bAbI tasks of the documents; empty: all that the run has
 
     @property
     def is_echo(self) -> bool:
-        return self.facts == 0
+        return self.facts == 0 and self.segments == 0
+
+    @property
+    def is_text(self) -> bool:
+        return self.facts == 0 and self.segments > 0
 
     def __str__(self) -> str:
         if self.is_echo:
             return "echo"
+        if self.is_text:
+            return f"text in {self.segments} x {self.segment_len}"
         text = f"{self.facts} facts"
         if self.segments:
             text += f" in {self.segments} x {self.segment_len}"
@@ -70,21 +76,50 @@ class Stage:
         return text
 
 
-def parse_stage(text: str, model_segment_len: int) -> Stage:
-    """A stage as it is written: `echo`, or `facts:segments`, then `:tokens` if its segments are
-    shorter than the model's, then `@task,task` if it has tasks of its own. ValueError for anything
-    else.
+def parse_stage(written: str, model_segment_len: int) -> Stage:
+    """A stage from the way it is written. ValueError for anything else.
 
-    "10:8:64@qa1,qa2" has up to 10 facts in up to 8 segments of 64 tokens, of the tasks qa1 and qa2.
-    A task that is named twice comes twice as often."""
-    if text == "echo":
-        if model_segment_len < LONGEST_ECHO:
-            raise ValueError(
-                f"stage 'echo' has up to {LONGEST_ECHO} tokens, more than the model's "
-                f"--segment_len {model_segment_len}: leave it out, or give longer segments"
-            )
-        return Stage(facts=0, segments=0, segment_len=model_segment_len)
-    numbers, at, names = text.partition("@")
+    echo                    lists of tokens that are said twice
+    facts:segments          at most this many facts, in at most this many segments of prose
+    facts:segments:tokens   the same in shorter segments, of this many tokens
+    ...@task,task           the same with tasks of its own. A task named twice comes twice as often
+    text:tokens             windows of this many tokens, in a run on text
+
+    "10:8:64@qa1,qa2" has up to 10 facts in up to 8 segments of 64 tokens, of the tasks qa1 and
+    qa2."""
+    if written == "echo":
+        return echo_stage(model_segment_len)
+    kind, _, window = written.partition(":")
+    if kind == "text" and window.isdecimal() and int(window) > 0:
+        return text_stage(int(window), model_segment_len)
+    return story_stage(written, model_segment_len)
+
+
+def echo_stage(model_segment_len: int) -> Stage:
+    """The stage "echo". ValueError if its documents are longer than a segment of the model."""
+    if model_segment_len < LONGEST_ECHO:
+        raise ValueError(
+            f"stage 'echo' has up to {LONGEST_ECHO} tokens, more than the model's "
+            f"--segment_len {model_segment_len}: leave it out, or give longer segments"
+        )
+    return Stage(facts=0, segments=0, segment_len=model_segment_len)
+
+
+def text_stage(window: int, model_segment_len: int) -> Stage:
+    """The stage of windows of this many tokens. ValueError if these are not whole segments."""
+    segment_len = min(window, model_segment_len)
+    segments = window // segment_len
+    if segments * segment_len != window:
+        raise ValueError(
+            f"stage 'text:{window}': a window must be whole segments of {segment_len} tokens, "
+            f"give text:{segments * segment_len}"
+        )
+    return Stage(facts=0, segments=segments, segment_len=segment_len)
+
+
+def story_stage(written: str, model_segment_len: int) -> Stage:
+    """A stage of stories. ValueError for what is not written as one."""
+    numbers, at, names = written.partition("@")
     parts = numbers.split(":")
     if (
         not all(part.isdecimal() for part in parts)
@@ -92,17 +127,18 @@ def parse_stage(text: str, model_segment_len: int) -> Stage:
         or (at and not names)
     ):
         raise ValueError(
-            f"stage {text!r} is not a stage: write echo, facts:segments or facts:segments:tokens, "
-            "and @task,task behind the numbers for tasks of its own"
+            f"stage {written!r} is not a stage: write echo, facts:segments or "
+            "facts:segments:tokens, and @task,task behind the numbers for tasks of its own. In a "
+            "run on text write text:tokens"
         )
     facts = int(parts[0])
     segments = int(parts[1])
     segment_len = int(parts[2]) if len(parts) == 3 else model_segment_len
     if facts < 2:
-        raise ValueError(f"stage {text!r} has {facts} facts: a document needs 2 or more")
+        raise ValueError(f"stage {written!r} has {facts} facts: a document needs 2 or more")
     if not 1 <= segment_len <= model_segment_len:
         raise ValueError(
-            f"stage {text!r} has segments of {segment_len} tokens: the model's --segment_len "
+            f"stage {written!r} has segments of {segment_len} tokens: the model's --segment_len "
             f"allows 1 to {model_segment_len}"
         )
     tasks = tuple(names.split(",")) if at else ()
@@ -114,13 +150,22 @@ def parse_stages(
 ) -> list[Stage]:
     """The stages of a run on these tasks. ValueError if one does not fit the tasks or the model.
 
+    tasks  the bAbI tasks of the run; a run on text has none
     whole  the run reads each document as one segment, which then must fit into the model's
            segment_len"""
     if not texts:
         raise ValueError("--stages is empty: give one stage or more, such as 2:0 4:2:32")
+    is_text_run = not tasks
     stages = []
     for text in texts:
         stage = parse_stage(text, model_segment_len)
+        if stage.is_text and not is_text_run:
+            raise ValueError(f"stage {text!r} is for a run on text: give --recipe text")
+        if is_text_run and not stage.is_text:
+            raise ValueError(
+                f"stage {text!r} is not for a run on text: give stages such as text:1024, or "
+                "another --recipe"
+            )
         for task in stage.tasks:
             if task not in tasks:
                 raise ValueError(

@@ -23,6 +23,17 @@ GPU = dict(
     n_layer=6, n_embd=256, ffn_dim=448, segment_len=1024, n_slot=64, rope_theta=1000.0
 )  # 7.4 M
 
+TEXT = dict(
+    n_layer=3,
+    n_head=4,
+    ffn_dim=176,
+    segment_len=64,
+    n_slot=32,
+    n_mem_head=8,
+    mem_blocks=(-1,),
+    rope_theta=1000.0,
+)  # 0.44 M with the shipped tokenizer
+
 # A baseline has a wider MLP in place of the memory, so that it has as many parameters.
 PRESETS: dict[str, dict] = {
     "cpu": CPU,
@@ -37,6 +48,11 @@ PRESETS: dict[str, dict] = {
     "gpu-rmt": dict(GPU, n_mem_token=16, ffn_dim=1048),
     "gpu-llama": dict(GPU, n_mem_layer=0, ffn_dim=1048),
     "gpu-full": dict(GPU, n_mem_layer=0, ffn_dim=1048, segment_len=16384),
+    "text": TEXT,
+    "text-rmt": dict(TEXT, mem_blocks=(), n_mem_token=16, ffn_dim=225),
+    "text-llama": dict(TEXT, mem_blocks=(), ffn_dim=226),
+    "text-deeper": dict(TEXT, mem_blocks=(), n_layer=4),
+    "text-full": dict(TEXT, mem_blocks=(), ffn_dim=226, segment_len=1024),
     # The paper's: the shape of Llama-3.2-1B and 2,048 slots in every block, 1.24 B + 0.47 B.
     "lm2-1.7b": dict(
         vocab_size=128256,
@@ -73,6 +89,11 @@ RECIPE_OF: dict[str, str] = {
     "gpu-rmt": "qa1-10",
     "gpu-llama": "qa1-10",
     "gpu-full": "qa1-10",
+    "text": "text",
+    "text-rmt": "text",
+    "text-llama": "text",
+    "text-deeper": "text",
+    "text-full": "text",
     "lm2-1.7b": "qa1",
 }
 
@@ -378,6 +399,22 @@ QA1_10_HOURS_FULL = dict(
     ),
 )
 
+
+# text: plain text, minutes on two CPU cores.
+TEXT_RUN = dict(
+    preset="text",
+    tasks=(),
+    tokenizer="learned",
+    tokens=12_000_000,
+    final_tokens=NO_EARLY_END,
+    lr=2e-3,
+    decay=0.4,
+    gate_lr=5.0,
+    batch_tokens=4096,
+    eval_every=2_000_000,
+    stages=("text:1024",),  # windows of 1,024 tokens
+)
+
 # recipe -> kind of model -> its settings
 RECIPES: dict[str, dict[str, dict]] = {
     "qa1": dict(lm2=QA1, rmt=QA1, llama=QA1_LLAMA, full=QA1_FULL),
@@ -385,5 +422,6 @@ RECIPES: dict[str, dict[str, dict]] = {
     "qa1-10-hours": dict(
         lm2=QA1_10_HOURS, rmt=QA1_10_HOURS, llama=QA1_10_HOURS_LLAMA, full=QA1_10_HOURS_FULL
     ),
+    "text": dict(lm2=TEXT_RUN, rmt=TEXT_RUN, llama=TEXT_RUN, full=TEXT_RUN),
     "qa1-10": dict(lm2=QA1_10, rmt=QA1_10, llama=QA1_10_LLAMA, full=QA1_10_FULL),
 }

@@ -44,7 +44,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python tests/bench.py`
 
 import train  # noqa: E402
-from data.babilong import Builder  # noqa: E402
 from data.common import (  # noqa: E402
     Parser,
     keep_freed_memory,
@@ -617,10 +616,8 @@ def batches(setup: Setup) -> dict:
     """Measure how fast training batches are made, and what share of the time this takes beside the
     steps of the default model on them."""
     c = train.TrainConfig(batch_size=4) if setup.quick else train.TrainConfig()
-    builder = Builder(load(), "train")
-    sizes = PRESETS[c.preset] | dict(vocab_size=builder.tokenizer.n_vocab)
-    model = LM2(LM2Config(**sizes)).to(setup.device)
-    lessons = train.make_lessons(c, builder)
+    model = LM2(LM2Config(**PRESETS[c.preset])).to(setup.device)
+    lessons = train.make_story_data(c, load(), model.cfg.segment_len).batches
     numbers = itertools.count()
     batches_a_round = 1 if setup.quick else 4
 

@@ -1004,15 +1004,20 @@ def test_a_tied_table_starts_as_a_head():
 
 
 @pytest.mark.parametrize("kind, tied", [("lm2", True), ("rmt", False)])
-def test_every_parameter_is_in_one_optimizer_group_and_only_matrices_decay(kind, tied):
+@pytest.mark.parametrize("gate_lr", [1.0, 5.0])
+def test_every_parameter_is_in_one_optimizer_group_and_only_matrices_decay(kind, tied, gate_lr):
     model = build(kind, tie_embeddings=tied)
-    groups = optimizer_groups(model)
+    groups = optimizer_groups(model, gate_lr)
     listed = [id(p) for g in groups for p in g["params"]]
     assert sorted(listed) == sorted(id(p) for p in model.parameters())
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    multiple = {id(p): g["multiple"] for g in groups for p in g["params"]}
     for name, p in model.named_parameters():
-        has_none = name.endswith(("norm.weight", "bias", "null"))
+        is_gate = any(f".memory.{gate}" in name for gate in ("w_in", "w_out", "w_forget", "null"))
+        is_faster = is_gate and gate_lr > 1
+        has_none = name.endswith(("norm.weight", "bias", "null")) or is_faster
         assert decay[id(p)] == (0.0 if has_none else 0.1), name
+        assert multiple[id(p)] == (gate_lr if is_faster else 1.0), name
 
 
 def test_the_papers_preset_has_the_papers_size():
@@ -1026,7 +1031,12 @@ def test_the_papers_preset_has_the_papers_size():
 
 
 @pytest.mark.parametrize(
-    "name, equals", [("cpu", ("rmt", "llama", "full")), ("cpu-hours", ("rmt", "llama"))]
+    "name, equals",
+    [
+        ("cpu", ("rmt", "llama", "full")),
+        ("cpu-hours", ("rmt", "llama")),
+        ("text", ("rmt", "llama", "full")),
+    ],
 )
 def test_the_presets_to_compare_have_as_many_parameters(name, equals):
     sizes = {}

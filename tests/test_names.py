@@ -256,13 +256,12 @@ def babilong_label(word):
 def test_training_documents_have_many_names_and_the_evaluation_has_babis_own(folder):
     flags = ["--names", "many", "--background", str(folder), "--out_dir", "no/such"]
     cfg = train.read_flags(flags).cfg
-    train_set, val_set = train.make_data(cfg, load())
-    batches = train.make_lessons(cfg, train_set)
+    data = train.make_story_data(cfg, load(), 128)
     taught = []
-    for document in batches.documents(Stage(4, 0, 64), 0, 0):
+    for document in data.batches.documents(Stage(4, 0, 64), 0, 0):
         taught += words_of(document.texts)
     assert len(set(taught) & FOR_LESSONS) > 20
-    asked = words_of(val_set.sample("qa1", 0, random.Random(0)).texts)
+    asked = words_of(data.val_set.sample("qa1", 0, random.Random(0)).texts)
     assert set(asked) & OWN and FOR_LESSONS.isdisjoint(asked)
 
 

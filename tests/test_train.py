@@ -313,7 +313,7 @@ def test_the_steps_are_those_of_plain_pytorch(fit, folder, tmp_path):
     decays matrices alone. The accuracy leaves the end of text out, which is learned first."""
     fit(tmp_path, "--tokens 6000 --stages 3:2:32 --plain 0.3 --lr 1e-2 --accumulate 3", CLIP=0.5)
     cfg = train.TrainConfig(**content(tmp_path, "train"))
-    lessons = train.make_lessons(cfg, Builder(load(), "train", str(folder)))
+    lessons = train.make_story_data(cfg, load(), 128).batches
     (stage,) = parse_stages(cfg.stages, 64, cfg.tasks, whole=False)
     torch.manual_seed(0)
     model = LM2(MODEL_CFG)
@@ -1136,6 +1136,8 @@ def test_an_evaluation_compiles_nothing(trained):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_fits_every_preset_and_flags_win_over_it(recipe, tmp_path):
     for preset in sorted(set(PRESETS) - {"lm2-1.7b"}):
+        if (RECIPE_OF[preset] == "text") != (recipe == "text"):
+            continue  # the sizes for plain text are too small for stories
         argv = ["--recipe", recipe, "--preset", preset, "--lr", "0.5"]
         argv += ["--out_dir", str(tmp_path / "x")]
         sizes = LM2Config(**PRESETS[preset])
@@ -1147,6 +1149,8 @@ def test_a_recipe_fits_every_preset_and_flags_win_over_it(recipe, tmp_path):
         cfg = flags.cfg
         assert cfg.lr == 0.5
         assert flags.sizes == PRESETS[preset]
+        if recipe == "text":
+            continue  # all kinds of models read the same windows
         assert cfg.whole is preset.endswith("-full")
         if sizes.kind == "llama":
             assert cfg.final_tokens >= cfg.tokens  # its few stages do not end it early
