@@ -1,10 +1,12 @@
-"""Draw the accuracy by length, the radar of task groups, or what the memory does.
+"""Draw the accuracy by length, the radar of task groups, what the memory does, or losses on text.
 
     python assets/pictures.py accuracy assets/models.json --out out/models.png
     python assets/pictures.py radar out/figures.json --length 4k --out out/radar.png
     python assets/pictures.py read --ckpt out/ckpt.pt --seed 5 --out out/read.png
     python assets/pictures.py write --ckpt out/ckpt.pt --seed 5 --out out/write.png
     python assets/pictures.py inside out/inside.json --out out/inside.png
+    python assets/pictures.py text --figures out/text.json --out out/text.png
+    python assets/pictures.py text --curves lm2=out/metrics.jsonl --out out/curves.png
 
 Writes the picture to --out, a .png, .pdf or .svg. Needs matplotlib: pip install -e ".[pictures]".
 
@@ -12,9 +14,12 @@ Writes the picture to --out, a .png, .pdf or .svg. Needs matplotlib: pip install
 Fig. 3. Models with the names NAME-0, NAME-1 and so on are seeds of one line. `read` and `write`
 draw the memory on one document, a BABILong sample or --text. See assets/heatmaps.py for how to read
 them. `inside` draws what assets/inside.py measured on many documents, and tells how to read it.
+`text` draws what assets/text.py measured of models of plain text, and the losses of their training,
+which train.py wrote to metrics.jsonl.
 """
 
 import argparse
+import json
 import math
 import sys
 import warnings
@@ -23,7 +28,7 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python assets/pictures.py`
 
-from babilong_eval import pooled, share, wilson  # noqa: E402
+from babilong_eval import name_and_path, pooled, share, wilson  # noqa: E402
 from data.babilong import Builder  # noqa: E402
 from data.background import split_sentences  # noqa: E402
 from data.common import Parser, one_line, replacing  # noqa: E402
@@ -41,6 +46,7 @@ from tables import (  # noqa: E402
     load_figures,
     median_seed,
 )
+from text import load_losses  # noqa: E402
 
 # Colour-blind people can tell these colours of Okabe and Ito apart. In grey print the markers and
 # the lines still differ.
@@ -325,6 +331,120 @@ def draw_inside(fig, figures: dict) -> None:
     fig.suptitle(f"{figures['ckpt']}: means with 95 % intervals", fontsize=10)
 
 
+def load_curves(text: str) -> tuple[str, dict[str, list[tuple[int, float]]]]:
+    """The name and the curves of a NAME=PATH of metrics.jsonl. Without a name, it is the name of
+    the file's folder.
+
+    The curves are "loss" of training, in nats per token, and "bits per byte" of validation. Each is
+    a list of (tokens, loss). ValueError for a file that is not of a run on plain text."""
+    name, path = name_and_path(text)
+    name = name or path.resolve().parent.name
+    curves = {"loss": [], "bits per byte": []}
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            losses = entry | entry.get("validation", {})
+            for key, points in curves.items():
+                if key in losses:
+                    points.append((entry["tokens"], float(losses[key])))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is no metrics.jsonl of train.py: name another file") from None
+    if not all(curves.values()):
+        raise ValueError(
+            f"{path} has no validation in bits per byte: name the metrics.jsonl of a run on plain "
+            "text that has come to its first validation, see --eval_every of train.py"
+        )
+    return name, curves
+
+
+def draw_positions(ax, models: list[dict], styles: dict[str, dict]) -> None:
+    """Draw the loss by the position in the document: a line for each model of assets/text.py, and a
+    dashed one for its memory off."""
+    for model in models:
+        for mode in ("on", "off"):
+            if mode not in model["modes"]:
+                continue
+            positions = []
+            losses = []
+            for entry in model["modes"][mode]["by_position"]:
+                if entry["loss"] is not None:
+                    end = min(entry["high"], model["longest"])
+                    positions.append((entry["low"] + end) / 2)
+                    losses.append(entry["loss"])
+            name = model["name"]
+            style = styles[name]
+            if mode == "off":
+                style = style | dict(linestyle="--", markerfacecolor="white")
+            ax.plot(positions, losses, label=legend_label(f"{name} {mode}"), **style)
+    for segment_len in {model["segment_len"] for model in models}:
+        ax.axvline(segment_len, **AVERAGE | dict(linestyle=":"))
+    ax.set_xscale("log", base=2)
+    longest = max(model["longest"] for model in models)
+    ticks = [2**k for k in range(5, 1 + math.ceil(math.log2(longest)))]
+    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    ax.set_xlabel("position in the document (the model's tokens; dotted line: first segment's end)")
+    ax.set_ylabel(f"loss ({models[0]['unit']})")
+    ax.grid(axis="y", color="0.9")
+
+
+def draw_curves(validation, training, curves: dict[str, dict], styles: dict[str, dict]) -> None:
+    """Draw the losses of some runs against the tokens that they were trained on, the validation in
+    one panel and the training in another."""
+    for name, of_run in curves.items():
+        tokens, losses = zip(*of_run["bits per byte"], strict=True)
+        validation.plot([n / 1e6 for n in tokens], losses, label=name, **styles[name])
+        tokens, losses = zip(*of_run["loss"], strict=True)
+        style = styles[name] | dict(linewidth=0.8, markersize=4, markevery=0.2)
+        training.plot([n / 1e6 for n in tokens], losses, **style)
+    validation.set_ylabel("validation loss (bits per byte)")
+    training.set_ylabel("training loss (nats per token)")
+    for ax in (validation, training):
+        ax.set_xlabel("tokens of training (millions)")
+        ax.grid(axis="y", color="0.9")
+
+
+def draw_text(fig, args: argparse.Namespace) -> None:
+    """Draw what assets/text.py measured, the curves of training runs, or both."""
+    if args.figures is None and not args.curves:
+        raise ValueError("nothing to draw: give --figures, --curves or both")
+    models = []
+    if args.figures is not None:
+        models = load_losses(args.figures)["models"]
+    curves = {}
+    for text in args.curves:
+        name, of_run = load_curves(text)
+        if name in curves:
+            raise ValueError(f"--curves: two runs are called {name!r}, give NAME=PATH")
+        curves[name] = of_run
+    names = list(dict.fromkeys([*(model["name"] for model in models), *curves]))
+    if len(names) > len(STYLES):
+        raise ValueError(
+            f"{len(names)} models are too many to tell apart: give up to {len(STYLES)}"
+        )
+    styles = {}
+    for name, style in zip(names, STYLES, strict=False):  # some styles are left over
+        styles[name] = style | dict(linestyle="-")
+
+    rows = []
+    if models:
+        rows.append(["positions", "positions"])
+    if curves:
+        rows.append(["validation", "training"])
+    fig.set_size_inches(8, 1 + 3.4 * len(rows))
+    axes = fig.subplot_mosaic(rows)
+    if models:
+        draw_positions(axes["positions"], models, styles)
+    if curves:
+        draw_curves(axes["validation"], axes["training"], curves, styles)
+    handles = {}  # each label once
+    for ax in axes.values():
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    if models:
+        fig.suptitle(f"{models[0]['documents']} documents for validation", fontsize=10)
+
+
 def document(tokenizer: Tokenizer, args: argparse.Namespace) -> Document:
     """The document of the flags: a BABILong sample, or --text with its last sentence as the
     question."""
@@ -429,6 +549,18 @@ def main(argv: list[str] | None = None) -> None:
         "what the memory writes, reads and uses, over many documents",
     )
     inside.add_argument("figures", metavar="FILE", help="a file that assets/inside.py --out wrote")
+
+    text = add_picture(
+        "text", draw_text, "the loss of models of plain text, by position and in training"
+    )
+    text.add_argument("--figures", metavar="FILE", help="A file that assets/text.py --out wrote.")
+    text.add_argument(
+        "--curves",
+        nargs="+",
+        default=[],
+        metavar="NAME=PATH",
+        help="The metrics.jsonl of runs of train.py on plain text, as PATH or NAME=PATH.",
+    )
 
     args = parser.parse_args(argv)
     with one_line(f"python assets/pictures.py {args.picture}"):

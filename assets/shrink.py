@@ -14,7 +14,8 @@ from data.common import Parser, one_line  # noqa: E402
 from data.tokenizer import of_checkpoint  # noqa: E402
 from lm2 import load_checkpoint, save_checkpoint  # noqa: E402
 
-KEPT = ("tasks", "recipe", "preset", "background", "seed")  # what is kept about the training
+# What is kept about the training.
+KEPT = ("tasks", "text", "skip_bad", "recipe", "preset", "background", "seed")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in KEPT:
             if name in content.get("train", {}):
                 train[name] = content["train"][name]
-        save_checkpoint(target, model.bfloat16(), tokenizer=tokenizer.ranks, train=train)
+        save_checkpoint(target, model.bfloat16(), **tokenizer.for_checkpoint(), train=train)
         size = target.stat().st_size / 2**20
         print(f"{target}: {size:.1f} MiB of {model.n_params()[0]:,} parameters")
 
