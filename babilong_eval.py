@@ -48,7 +48,7 @@ from data.common import (
     replacing,
     save_json,
 )
-from data.document import Document, length_name, read_lengths
+from data.document import Document, batches, length_name, read_lengths
 from data.published import Downloaded, published_table
 from data.tokenizer import Tokenizer, of_checkpoint
 from lm2 import LM2, RMT, State, load_checkpoint
@@ -62,18 +62,6 @@ MODES = ("on", "off", "other", "rag")  # the uses of the memory
 
 Work = list[tuple[str, int, int]]  # (task, length, number of samples) of each cell
 Key = tuple[str, str, int, int, str]  # (model, task, length, i, mode): what one answer answers
-
-
-def batches(n: int, size: int, pairs: bool) -> list[range]:
-    """The numbers 0 to n - 1 in batches of `size`, in order.
-
-    With `pairs` every batch has two or more, as each document lends its memory to another one."""
-    size = max(2, size // 2 * 2) if pairs else max(1, size)
-    starts = list(range(0, n, size))
-    if pairs and len(starts) > 1 and n - starts[-1] == 1:
-        starts.pop()  # the batch before takes the one that would be left alone
-    stops = [*starts[1:], n]
-    return [range(start, stop) for start, stop in zip(starts, stops, strict=True)]
 
 
 def neighbour(i: int, n: int) -> int:

@@ -70,6 +70,18 @@ def read_lengths(texts: list[str], n: int) -> dict[int, int]:
     return n_samples
 
 
+def batches(n: int, size: int, pairs: bool) -> list[range]:
+    """The numbers 0 to n - 1 in batches of `size`, in order.
+
+    With `pairs` every batch has two or more, as each document lends its memory to another one."""
+    size = max(2, size // 2 * 2) if pairs else max(1, size)
+    starts = list(range(0, n, size))
+    if pairs and len(starts) > 1 and n - starts[-1] == 1:
+        starts.pop()  # the batch before takes the one that would be left alone
+    stops = [*starts[1:], n]
+    return [range(start, stop) for start, stop in zip(starts, stops, strict=True)]
+
+
 class Document(NamedTuple):
     """The token ids of a document, and where its parts are.
 

@@ -26,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.document import batches
 from data.text import Documents
 from data.tokenizer import Tokenizer
 
@@ -92,11 +93,15 @@ class Measured(NamedTuple):
         self, mode: str, low: int = 0, high: float = math.inf
     ) -> tuple[np.ndarray, np.ndarray]:
         """`sums_at` over the positions from low to high - 1."""
+        return self.sums_at(mode, self.between(low, high))
+
+    def between(self, low: int, high: float) -> list[np.ndarray]:
+        """For each document, which targets lie at the positions from low to high - 1: (n,) bool."""
         is_in = []
         for ids in self.targets:
             position = np.arange(len(ids))
             is_in.append((position >= low) & (position < high))
-        return self.sums_at(mode, is_in)
+        return is_in
 
     def sums_at(self, mode: str, is_in: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Two sums for each document, over its targets where is_in (n,) is true: the loss, in bits
@@ -137,7 +142,8 @@ def measure(
     # Documents of about equal lengths are read together.
     order = sorted(range(len(pieces)), key=lambda k: len(pieces[k]))
     nats = {mode: [None] * len(pieces) for mode in modes}
-    for batch in in_batches(order):
+    for numbers in batches(len(order), BATCH, pairs=True):
+        batch = [order[number] for number in numbers]
         losses = token_losses(model, [pieces[k] for k in batch], modes)
         for mode in modes:
             for row, k in enumerate(batch):
@@ -181,15 +187,6 @@ def fitting(ids: np.ndarray, size_of: np.ndarray | None, longest: int) -> int:
         return min(len(ids), longest + 1)
     n_bytes_up_to = np.cumsum(size_of[ids[1:]])
     return 1 + max(1, int(np.searchsorted(n_bytes_up_to, longest, side="right")))
-
-
-def in_batches(items: list[int]) -> list[list[int]]:
-    """The items in batches of BATCH. The last batch may have one more, so that none is alone."""
-    batches = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        alone = batches.pop()
-        batches[-1] = batches[-1] + alone
-    return batches
 
 
 def ratio(losses: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
@@ -282,18 +279,22 @@ def table(columns: dict[str, Column]) -> str:
     return "\n".join(lines)
 
 
+def row_of(name: str, columns: dict[str, Column], is_in: list[np.ndarray]) -> Row:
+    """The losses over the tokens of each document where is_in (n,) is true."""
+    losses = []
+    for measured, mode in columns.values():
+        loss, _ = ratio(*measured.sums_at(mode, is_in))
+        losses.append(loss)
+    return name, int(sum(mask.sum() for mask in is_in)), losses
+
+
 def position_rows(columns: dict[str, Column], longest: int) -> list[Row]:
     """The losses by position in the document, and over all positions."""
     first, _ = next(iter(columns.values()))
     rows = []
-    for low, high in [*position_bins(longest), (0, longest)]:
-        name = "all" if high == longest and low == 0 else f"{low} to {high - 1}"
-        n_tokens = sum(len(ids[low:high]) for ids in first.targets)
-        losses = []
-        for measured, mode in columns.values():
-            loss, _ = ratio(*measured.sums(mode, low, high))
-            losses.append(loss)
-        rows.append((name, n_tokens, losses))
+    for low, high in position_bins(longest):
+        rows.append(row_of(f"{low} to {high - 1}", columns, first.between(low, high)))
+    rows.append(row_of("all", columns, first.between(0, longest)))
     return rows
 
 
@@ -303,13 +304,8 @@ def quarter_rows(columns: dict[str, Column]) -> list[Row]:
     rows = []
     for number in range(4):
         is_in = [in_quarter(len(ids), first.segment_len, number) for ids in first.targets]
-        n_tokens = int(sum(mask.sum() for mask in is_in))
-        losses = []
-        for measured, mode in columns.values():
-            loss, _ = ratio(*measured.sums_at(mode, is_in))
-            losses.append(loss)
-        if n_tokens > 0:
-            rows.append((f"quarter {number + 1}", n_tokens, losses))
+        if any(mask.any() for mask in is_in):
+            rows.append(row_of(f"quarter {number + 1}", columns, is_in))
     return rows
 
 

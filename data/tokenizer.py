@@ -282,7 +282,7 @@ def choose(name: str, sources: Sequence[str] = ()) -> Tokenizer | IdsOnly:
         )
         return of_encoding(gpt2_encoding("--tokenizer", mend))
     if name == LEARNED:
-        return learn(texts_of_files(sources)["train"], LEARNED_SIZE)
+        return learn(text_of_files(sources, "train"), LEARNED_SIZE)
     if name == IDS_ONLY:
         return IdsOnly()
     if not Path(name).is_file():
@@ -413,16 +413,13 @@ def texts_of_background(folder: str | None) -> dict[str, str]:
     return texts
 
 
-def texts_of_files(sources: Sequence[str]) -> dict[str, str]:
-    """The texts of files and folders to learn from and to measure on, as "train" and "val".
+def text_of_files(sources: Sequence[str], part: str) -> str:
+    """The texts of a part, "train" or "val", of files and folders.
 
     Files that are not UTF-8 are left out. ValueError for files that cannot be used."""
     from data import text  # not above, because that module needs this one
 
-    texts = {}
-    for part in ("train", "val"):
-        texts[part] = "\n".join(text.read_texts(sources, part, skip_bad=True))
-    return texts
+    return "\n".join(text.read_texts(sources, part, skip_bad=True))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -461,7 +458,7 @@ def main(argv: list[str] | None = None) -> None:
             texts = texts_of_background(args.background)
         else:
             words = []
-            texts = texts_of_files(args.text)
+            texts = {part: text_of_files(args.text, part) for part in ("train", "val")}
         tokenizer = learn(texts["train"], args.vocab_size, words)
         if tokenizer.n_vocab < args.vocab_size:
             raise ValueError(

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import sample
 import train
 from data import loss, text
+from data.document import batches
 from data.lessons import Stage
 from data.loss import Measured, measure, token_losses
 from data.text import Windows, read_documents, read_tokens, to_documents, write_documents
@@ -360,11 +361,11 @@ def test_the_documents_that_are_measured_are_spread_over_all_and_cut():
     measured = measure(model, BYTES, documents, most=10, longest=20)
     assert [ids[0] for ids in measured.targets] == list(range(0, 40, 4))
     assert [len(ids) for ids in measured.targets] == [min(i + 5, 20) for i in range(0, 40, 4)]
-    assert loss.in_batches(list(range(10))) == [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9]]
+    assert batches(10, loss.BATCH, pairs=True) == [range(0, 8), range(8, 10)]
     whole = token_losses(model, [documents[i][:-1][:21] for i in range(0, 80, 8)], ("off",))
     for i, nats in enumerate(measured.nats["off"]):
         assert np.abs(nats - whole["off"][i, : len(nats)].numpy()).max() < 1e-9
-    assert [len(batch) for batch in loss.in_batches(list(range(17)))] == [8, 9]
+    assert [len(batch) for batch in batches(17, loss.BATCH, pairs=True)] == [8, 9]
 
 
 def test_a_piece_has_the_same_bytes_with_every_tokenizer_and_long_documents_give_several():
