@@ -29,7 +29,7 @@ from torch import Tensor
 
 from data import tokenizer as tokenizers
 from data.common import Parser, one_line, pick_device
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, was_trained_on_text
 from lm2 import LM2, RMT, State, load_checkpoint, load_state, save_state
 
 
@@ -66,12 +66,6 @@ def given_texts(args) -> list[str]:
     if args.prompt:
         texts.append(args.prompt)
     return texts
-
-
-def was_trained_on_text(content: dict) -> bool:
-    """Whether a model was trained on text. Then it knows white space, and an end of text before a
-    document."""
-    return (content.get("train") or {}).get("recipe") == "text"
 
 
 def ids_behind(last_id: int | None, text: str, tokenizer: Tokenizer, is_raw: bool) -> list[int]:

@@ -85,7 +85,7 @@ from data.text import (
     token_folder,
     write_documents,
 )
-from data.tokenizer import Tokenizer, of_checkpoint
+from data.tokenizer import Tokenizer, of_checkpoint, was_trained_on_text
 from data.tokenizer import choose as choose_tokenizer
 from lm2 import LM2, RMT, LM2Config, build_model, load_checkpoint, save_checkpoint
 
@@ -1298,13 +1298,8 @@ def make_model(flags: Flags, device: torch.device) -> tuple[LM2 | RMT, Tokenizer
     elif cfg.init is not None:
         model, content = load_checkpoint(cfg.init)
         tokenizer = of_checkpoint(content, cfg.init)
-        learned_text = content.get("train", {}).get("recipe") == "text"
-        shipped = choose_tokenizer("shipped")
-        if (
-            learned_text
-            and not cfg.is_text
-            and tokenizer.for_checkpoint() != shipped.for_checkpoint()
-        ):
+        is_shipped = tokenizer.for_checkpoint() == choose_tokenizer("shipped").for_checkpoint()
+        if was_trained_on_text(content) and not cfg.is_text and not is_shipped:
             raise ValueError(
                 f"--init {cfg.init} has another tokenizer than the shipped one, which stories "
                 "need: train it with --tokenizer shipped"

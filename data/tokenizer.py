@@ -316,6 +316,12 @@ def of_checkpoint(content: dict, path: str | Path) -> Tokenizer | IdsOnly:
     return tokenizer
 
 
+def was_trained_on_text(content: dict) -> bool:
+    """Whether the model of a checkpoint was trained on text. Then it knows white space, and an end
+    of text before a document."""
+    return (content.get("train") or {}).get("recipe") == "text"
+
+
 def merge(parts: list[bytes], token: bytes) -> list[bytes]:
     """The parts after joining, from the left, every two neighbours that make up the token."""
     merged: list[bytes] = []
