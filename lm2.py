@@ -9,9 +9,9 @@ tokens of a segment READ the bank that they find. When the next segment begins, 
 full one WRITE to the bank, once. So the cost of a token does not grow with the document.
 
 The latest segment of a document is the *open* one: even when it is full, its tokens have not
-written to the banks yet. Writing so late has three merits. The last segment of a document is never
-written for nothing, the padding after it reaches no bank, and it does not matter in how many calls
-a document is read. A new document begins with new banks. Gradients flow through all its segments.
+written to the banks yet. Writing so late has three merits. The last segment of a document costs no
+write. Padding after it cannot reach a bank. And a document may be read in one call or in many. A
+new document begins with new banks. Gradients flow through all its segments.
 
     B, T          documents of a batch, tokens of a call
     G, S          segments of a call, tokens of a segment (`segment_len`)
@@ -62,8 +62,8 @@ class LM2Config:
     segment_len: int = 128  # S, tokens in a segment, which are all that self-attention sees
     n_slot: int = 16  # N, memory slots of a block
     n_mem_head: int = 8  # HM, heads of the memory's cross-attention
-    # Which blocks have a memory is said by one of these two. Without both it is all blocks, or none
-    # in an RMT.
+    # One of these two says which blocks have a memory. If neither is set, all blocks have one, or
+    # none in an RMT.
     n_mem_layer: int | None = None  # so many blocks, from the first on
     mem_blocks: tuple[int, ...] | None = None  # their numbers: 0 is the first, -1 the last, () none
     n_mem_token: int = 0  # memory tokens of an RMT (arXiv 2207.06881), which has no banks
@@ -169,8 +169,8 @@ class State:
     # differs from paper: each block keeps a bank of its own; t in M_t counts segments, not blocks
     carried: list[Tensor | None]
     # The ids of the open segment, (B, n_open): none in a new state, later 1 to S. The next call of
-    # `forward` runs them again before its own. If its own do not fit into the segment, the segment
-    # is written.
+    # `forward` runs these again, and then its own. If the segment has no room for all of them, it
+    # is filled and then written.
     open_ids: Tensor
     segment_len: int  # S of this document
 
@@ -531,11 +531,11 @@ class Decoder(nn.Module):
     def start_as_a_copier(self) -> None:
         """Start the weights so that copying is nearly there.
 
-        paper silent: to copy, a model has to look at the token before, to find an earlier place
-        with the same token, to bring the token that stood there, and to say it. None of the four
-        helps alone, so training finds them late. This start makes the first easy, and gives the
-        last two. In the default run the stage "echo" takes 700 to 800 steps with it, and 1,100 to
-        1,400 without."""
+        paper silent: to copy, a model has to note at each place the token before it, to find an
+        earlier place that noted the present token, to bring the token that stands there, and to
+        say it. None of the four helps alone, so training finds them late. This start makes the
+        first easy, and gives the last two. In the default run the stage "echo" takes 700 to 800
+        steps with it, and 1,100 to 1,400 without."""
         # One random vector is added to all embeddings. Where a query and a key come from it, their
         # score depends on the distance alone, by RoPE. So a head can learn to attend to the token
         # before, whichever token that is.

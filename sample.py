@@ -89,8 +89,8 @@ def ids_behind(last_id: int | None, text: str, tokenizer: Tokenizer, is_raw: boo
 def pieces_of(
     texts: list[str], last_id: int | None, tokenizer: Tokenizer, is_raw: bool
 ) -> list[list[int]]:
-    """The ids of each text behind the one before, as `ids_behind` makes them. Texts without any are
-    left out; ValueError if no other was given."""
+    """The ids of each text behind the one before, as `ids_behind` makes them. Texts without ids are
+    left out. ValueError if none of the given texts has ids."""
     pieces = []
     for text in texts:
         ids = ids_behind(last_id, text, tokenizer, is_raw)
@@ -125,7 +125,7 @@ def stream_from(
     top_k: int | None,
 ) -> Iterator[Tensor]:
     """As `model.stream`, but from a state alone, which must have an open id."""
-    # The last id is read once more, behind the state before it.
+    # `stream` has to read at least one id. So the last one is taken out of the state again.
     before = State(state.carried, state.open_ids[:, :-1], state.segment_len)
     last = state.open_ids[:, -1:]
     return model.stream(last, max_new_tokens, temperature, generator, before, top_k)
@@ -181,8 +181,9 @@ def talk(
 ) -> None:
     """Read lines of standard input and write a continuation of each, up to an empty line.
 
-    The model reads what it writes, and its end of text, as it does in training, where a document
-    has several questions. `sampling` holds what `stream_from` takes besides."""
+    The model reads what it writes, and its end of text. It is the same with the questions of a
+    training story. A model of text has never seen a memory that goes on behind an end of text.
+    `sampling` holds what `stream_from` takes besides."""
     line = next_line()
     while line.strip():
         state = read(model, ids_behind(last_open_id(state), line, tokenizer, is_raw), state)
@@ -267,7 +268,8 @@ def read_flags(argv: list[str] | None):
         "--memory",
         default="on",
         choices=("on", "off"),
-        help="off reads every segment as a document of its own (default on).",
+        help="on carries the memory from segment to segment. off reads each segment as a document "
+        "of its own (default on).",
     )
     add(
         "--raw",

@@ -144,7 +144,7 @@ class TrainConfig:
         "The curriculum, from easy to hard. Each stage is facts:segments[:tokens][@task,task]: the "
         "most facts in a document, the most segments, the tokens of a segment and the tasks. A "
         "stage of 0 segments has facts without prose. The stage echo has lists of tokens that are "
-        "said twice. In a run on text a stage is text:tokens, windows of this many tokens.",
+        "said twice. In a run on text a stage is text:N, windows of N tokens, such as text:1024.",
     )
     background: str | None = flag(
         None, "A folder of .txt files to hide facts in. Without it, Python's documentation is used."
@@ -159,15 +159,16 @@ class TrainConfig:
     )
     text: tuple[str, ...] = flag(
         (),
-        "Files and folders of text to learn. They imply --recipe text. Without them that recipe "
-        "learns the modules of Python's library.",
+        "Files and folders of text to learn from, or nanoGPT's train.bin and val.bin. They imply "
+        "--recipe text. Without them that recipe learns the modules of Python's library.",
         is_path=True,
     )
     tokenizer: str = flag(
         "shipped",
         "The tokenizer of a new model of text: shipped, bytes, gpt2, learned, ids, or a file that "
-        "`python -m data.tokenizer` has written. learned makes one from the texts first. ids is "
-        "for files of token ids whose texts are unknown.",
+        "`python -m data.tokenizer` has written. learned makes one from the texts first. The "
+        "recipe text takes it, and gpt2 for train.bin and val.bin. ids takes these files on a "
+        "machine without GPT-2's tokenizer; such a model writes no text.",
     )
     skip_bad: bool = flag(False, "Files of --text that are not UTF-8 are left out.")
     plain: float = flag(0.1, "This share of the batches has no prose, in stages that have prose.")
@@ -1369,7 +1370,7 @@ def make_text_data(
                 f"a window of {n_tokens} tokens is one segment, so that no memory is ever used: "
                 f"give longer ones, such as --stages text:{8 * sizes.segment_len}"
             )
-        windows.up_to(n_tokens)  # texts that are too short are found here
+        windows.places_up_to(n_tokens)  # texts that are too short are found here
     digest = hashlib.blake2b(digest_size=8)
     for documents in (train_set, val_set):
         digest.update(str(len(documents.ids)).encode())
@@ -1418,13 +1419,14 @@ def describe(
         end += f", or {cfg.final_tokens / 1e6:,.1f} M in the last stage"
     if cfg.total_minutes is not None:
         end = f"{cfg.total_minutes:g} minutes, or {end}"
+    read_as = "windows" if cfg.is_text else "documents"
     rows = [
         ("model", f"{sizes.kind}, {total:,} parameters, {memory:,} of them memory"),
         ("", f"{sizes.n_layer} blocks of width {sizes.n_embd}, {remembers}"),
         ("", f"segments of {sizes.segment_len} tokens"),
         ("recipe", f"{cfg.recipe}, with the preset {cfg.preset}"),
         *describe_data(cfg, sizes, tokenizer, data),
-        ("step", f"{cfg.accumulate} micro-batches of up to {cfg.batch_size} documents and"),
+        ("step", f"{cfg.accumulate} micro-batches of up to {cfg.batch_size} {read_as} and"),
         ("", f"{cfg.batch_tokens:,} tokens, learning rate {cfg.lr:g}"),
         ("end", f"after {end}"),
         ("device", f"{device} ({why}), {number_type}, {shared_by}"),
@@ -1443,15 +1445,14 @@ def describe_data(
         if not cfg.text:
             sources += f", that of {platform.python_version()}"
         longest = max(stage.segments * stage.segment_len for stage in stages)
-        n_long = int((data.train_set.sizes > longest).sum())
+        n_train = len(data.train_set)
+        n_short = int((data.train_set.sizes <= longest).sum())
         return [
             ("text", sources),
-            (
-                "",
-                f"{len(data.train_set):,} documents, {len(data.train_set.ids):,} tokens to train,",
-            ),
-            ("", f"{n_long:,} of them longer than a window; {tokenizer.n_vocab:,} ids"),
-            ("", f"{len(data.val_set):,} documents, {len(data.val_set.ids):,} tokens to validate"),
+            ("", f"{n_train:,} documents to train on, {len(data.train_set.ids):,} tokens"),
+            ("", f"{n_short:,} of them are too short for a window and left out"),
+            ("", f"{len(data.val_set):,} documents to validate, {len(data.val_set.ids):,} tokens"),
+            ("", f"a vocabulary of {tokenizer.n_vocab:,} tokens"),
             ("windows", ", ".join(str(stage) for stage in stages)),
         ]
     tasks = " ".join(cfg.tasks)

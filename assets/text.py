@@ -12,11 +12,14 @@ loss    The loss by the position in the document. Models with the same tokenizer
         other tables only the line "all" can be compared, as positions count tokens.
 tokens  The tokens on which one column predicts better than another one, as in arXiv 2203.07852.
         Only tokens beyond the first segment count. The gain is the other column's loss less this
-        column's loss, in nats. A token's window is what self-attention sees: the tokens before it
-        in its segment. `not in window` says how often the token had occurred in the document, but
-        not in its window. Only a memory can know of such an occurrence.
-where   The same gain by where the token had occurred before. If the memory helps to recall what
-        the window has lost, the share of the gain is higher there than the share of the tokens.
+        column's loss, in nats. `not in segment` says how often the token had occurred in the
+        document, but not in the segment so far. Only a memory can know of such an occurrence.
+where   The same gain by where the token had occurred before. If the memory recalls what the
+        segment does not show, the row `in the document, not in segment` has a larger share of the
+        gain than of the tokens.
+
+A column is a model and a way to use its memory. The column `on` of the first model is compared with
+its `off`, and with the `on` of each other model.
 
 An interval is a 95 % interval over documents. It says nothing of other seeds of the model.
 """
@@ -47,13 +50,13 @@ from data.text import describe_sources, read_documents, token_folder  # noqa: E4
 from data.tokenizer import Tokenizer  # noqa: E402
 
 N_TOKENS = 20  # entries of the vocabulary in a table
-TOKEN_WIDTH = 26  # characters of a token in a table
+TOKEN_WIDTH = 25  # characters of a token in a table
 
 # Where a token had occurred before.
-BEFORE_WINDOW, IN_WINDOW, NOWHERE = range(3)
+BEFORE_SEGMENT, IN_SEGMENT, NOWHERE = range(3)
 PLACES = {
-    BEFORE_WINDOW: "in the document, not in window",
-    IN_WINDOW: "in the window",
+    BEFORE_SEGMENT: "in the document, not in segment",
+    IN_SEGMENT: "in the segment",
     NOWHERE: "nowhere in the document",
 }
 
@@ -69,14 +72,14 @@ def places_before(targets: np.ndarray, segment_len: int) -> np.ndarray:
     places = np.empty(len(targets), np.int64)
     latest = {}  # id -> the last place at which it occurred
     for i, token in enumerate(targets.tolist()):
-        # A segment reads its first token after the segment before it has predicted that token.
-        window_start = i // segment_len * segment_len - 1
+        # The first token that a segment reads is the last target of the segment before.
+        segment_start = i // segment_len * segment_len - 1
         if token not in latest:
             places[i] = NOWHERE
-        elif latest[token] >= window_start:
-            places[i] = IN_WINDOW
+        elif latest[token] >= segment_start:
+            places[i] = IN_SEGMENT
         else:
-            places[i] = BEFORE_WINDOW
+            places[i] = BEFORE_SEGMENT
         latest[token] = i
     return places
 
@@ -94,7 +97,7 @@ def gains_of(first: Column, second: Column, tokenizer: Tokenizer) -> dict | None
     """By how much the first column predicts better than the second one beyond the first segment.
 
     Both are of the same documents and tokens. Returns the tokens that gain most, and the gain by
-    where a token had occurred before, as plain values for a file. The windows are those of the
+    where a token had occurred before, as plain values for a file. The segments are those of the
     first column. None if no document is longer than a segment."""
     (a, a_mode), (b, b_mode) = first, second
     start = a.segment_len
@@ -110,10 +113,10 @@ def gains_of(first: Column, second: Column, tokenizer: Tokenizer) -> dict | None
         places.append(places_before(targets, a.segment_len)[start:])
 
     all_ids = np.concatenate(ids)
-    is_before_window = np.concatenate(places) == BEFORE_WINDOW
+    is_before_segment = np.concatenate(places) == BEFORE_SEGMENT
     counts = np.bincount(all_ids)
     totals = np.bincount(all_ids, weights=np.concatenate(gains))
-    before_window = np.bincount(all_ids, weights=is_before_window)
+    before_segment = np.bincount(all_ids, weights=is_before_segment)
     tokens = []
     for token in np.argsort(-totals, kind="stable")[:N_TOKENS].tolist():
         if totals[token] <= 0:
@@ -125,22 +128,22 @@ def gains_of(first: Column, second: Column, tokenizer: Tokenizer) -> dict | None
                 occurrences=int(counts[token]),
                 gain=float(totals[token]),
                 mean=float(totals[token] / counts[token]),
-                before_window=float(before_window[token] / counts[token]),
+                before_segment=float(before_segment[token] / counts[token]),
             )
         )
 
     total = float(totals.sum())
     of_places = []
     for place, name in PLACES.items():
-        losses = []
+        sums = []
         sizes = []
         for gain, place_of_token in zip(gains, places, strict=True):
             is_there = place_of_token == place
-            losses.append(gain[is_there].sum())
+            sums.append(gain[is_there].sum())
             sizes.append(is_there.sum())
-        line = dict(place=name, tokens=int(sum(sizes)), gain=float(sum(losses)))
+        line = dict(place=name, tokens=int(sum(sizes)), gain=float(sum(sums)))
         if line["tokens"]:
-            mean, half = ratio(np.array(losses), np.array(sizes))
+            mean, half = ratio(np.array(sums), np.array(sizes))
             line |= dict(mean=float(mean), half=none_if_nan(half))
         of_places.append(line)
     return dict(n_tokens=len(all_ids), gain=total, tokens=tokens, places=of_places)
@@ -153,7 +156,7 @@ def gain_table(head: str, against: str, gains: dict) -> str:
     lines = [
         f"{head} against {against}, beyond the first segment",
         f"{'token':<{TOKEN_WIDTH}} {'occurrences':>12} {'gain (nats)':>13} {'mean gain':>11} "
-        "not in window",
+        "not in segment",
     ]
     for line in gains["tokens"]:
         text = line["token"]
@@ -161,12 +164,12 @@ def gain_table(head: str, against: str, gains: dict) -> str:
             text = text[: TOKEN_WIDTH - 3] + "..."
         lines.append(
             f"{text:<{TOKEN_WIDTH}} {line['occurrences']:12,} {line['gain']:13,.1f} "
-            f"{line['mean']:11.3f} {line['before_window']:13.0%}"
+            f"{line['mean']:11.3f} {line['before_segment']:14.0%}"
         )
     lines.append("")
     lines.append(f"{'where it had occurred':<32} tokens    gain  mean gain (nats)")
     for line in gains["places"]:
-        share = "-"  # a share of a loss tells nothing
+        share = "-"  # the memory does not help in all, so no part of it is a share
         if total > 0:
             share = f"{line['gain'] / total:.0%}"
         mean = "-"
@@ -272,8 +275,8 @@ def main(argv: list[str] | None = None) -> None:
         "--text",
         nargs="+",
         metavar="PATH",
-        help="Files and folders of texts in UTF-8. Their part for validation is measured. Without "
-        "this flag, the texts are those of the first model's training.",
+        help="Files and folders of texts in UTF-8. Without this flag, they are the files that the "
+        "first model learned from. Only their documents for validation are measured.",
     )
     add("--skip_bad", action="store_true", help="Files of --text that are not UTF-8 are left out.")
     add(
@@ -281,9 +284,9 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         default=list(MODES),
         choices=MODES,
-        help="How the memory is used. on: as in training, which is always measured. off: every "
-        "segment is a document of its own. other: with the memory of another document (default "
-        f"{' '.join(MODES)}).",
+        help="How the memory is used. on carries it from segment to segment, as in training. It is "
+        "always measured. off reads each segment as a document of its own. other gives each "
+        f"segment the memory of another document (default {' '.join(MODES)}).",
     )
     add(
         "--n",

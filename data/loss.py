@@ -33,7 +33,7 @@ from data.tokenizer import Tokenizer
 MODES = ("on", "off", "other")
 LONGEST = 16384  # bytes that are read of a document, tokens where the bytes are not known
 MOST_DOCUMENTS = 50
-FEW = 10  # documents; for fewer there is no interval
+FEW = 10  # fewer documents are read in several pieces, and for fewer pieces there is no interval
 BATCH = 8  # documents that are read together
 FIRST_BIN = 64  # tokens; each further bin of positions is as wide as all before it
 
@@ -44,8 +44,9 @@ def token_losses(
 ) -> dict[str, Tensor]:
     """The loss of each token of some documents, but for the first, which nothing predicts.
 
-    documents  their ids (n,), of any lengths. A shorter one is read again and again up to the
-               length of the longest, so that it can lend its memory to all of that one's segments
+    documents  their ids (n,), of any lengths. A shorter one is repeated up to the length of the
+               longest, to have a memory to lend at every place. The losses of the repeats are
+               returned, too
 
     Returns mode -> (B, T) nats, T being one less than the longest length. In the mode `other` a
     document has the memory of the one half a batch away."""
@@ -127,12 +128,12 @@ def measure(
     longest: int = LONGEST,
     modes: Sequence[str] = MODES,
 ) -> Measured:
-    """The losses of `most` documents, each read up to `longest` bytes, or tokens where the bytes
-    are not known. They are the same for all models.
+    """The losses of up to `most` documents, each read up to `longest` bytes, or tokens where the
+    bytes are not known. All models read the same documents.
 
     Of fewer than FEW documents further pieces are read, each with an empty memory. The end of text
     behind a document is not predicted, as it has no bytes. A Llama has no memory, so it has the
-    mode `on` alone. With one document nobody lends a memory, so there is no `other`."""
+    mode `on` alone. A single piece has no `other`. Pieces of one document lend to each other."""
     size_of = tokenizer.n_bytes()
     pieces = choose_pieces(documents, size_of, most, longest)
     if model.cfg.kind == "llama":
@@ -225,9 +226,9 @@ Column = tuple[Measured, str]  # losses of some documents, and which mode of the
 
 
 def difference(first: Column, second: Column) -> tuple[float, float]:
-    """By how much the second's loss is above the first's beyond the first one's first segment, and
-    half the 95 % interval of that. Both are of the same documents, which are compared one by
-    one."""
+    """The second column's loss minus the first one's, over all tokens behind the first segment, and
+    half its 95 % interval. Segments are those of the first column's model. Both are of the same
+    documents, which are compared one by one."""
     (a, a_mode), (b, b_mode) = first, second
     a_losses, sizes = a.sums(a_mode, a.segment_len)
     b_losses, _ = b.sums(b_mode, a.segment_len)
@@ -271,8 +272,10 @@ def table(columns: dict[str, Column]) -> str:
     if longest <= first.segment_len:
         lines.append(f"no document is longer than a segment of {first.segment_len} tokens")
         return "\n".join(lines)
-    lines.append(f"beyond token {first.segment_len}, by quarter of a segment of that length:")
+    lines.append(f"without the first {first.segment_len} tokens, by quarter of a segment:")
     add(quarter_rows(columns))
+    if len(heads) > 1:
+        lines.append("and the differences there, with 95 % intervals over documents:")
     for head in heads[1:]:
         above, half = difference(columns[heads[0]], columns[head])
         lines.append(f"{head} - {heads[0]} = {with_interval(above, half, '+.3f')}")

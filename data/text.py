@@ -1,7 +1,7 @@
 """Any text to learn: files become documents, documents become token ids, and these become windows.
 
-    python -m data.text                         # what a run learns without --text: Python's library
-    python -m data.text --text books/ notes.md  # the same for your files
+    python -m data.text --tokenizer learned     # what a run learns without --text: Python's library
+    python -m data.text --text books/ notes.md  # your files, with the shipped tokenizer
 
 Prints how many documents, bytes and tokens there are to train on and to validate. Writes nothing.
 
@@ -11,7 +11,8 @@ count for nothing. Token ids lie on disk as nanoGPT has them: one document behin
 of text between two of them. So the `train.bin` and `val.bin` of nanoGPT can be read, too.
 
 A *window* is a piece of a document, some segments long. A batch of training is some windows from
-random places, each of which is read with an empty memory.
+random places. Each begins with an empty memory. A document that is not longer than a window is not
+trained on.
 """
 
 import hashlib
@@ -76,7 +77,7 @@ def list_files(sources: Sequence[str]) -> list[Path]:
 def read_text(path: Path, skip_bad: bool) -> str:
     """The text of a file, its line ends as "\\n". ValueError if it is not UTF-8.
 
-    skip_bad  the text of such a file is empty"""
+    skip_bad  then a file that is not UTF-8 counts as empty"""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -89,11 +90,11 @@ def read_text(path: Path, skip_bad: bool) -> str:
     return text.replace("\r\n", "\n")
 
 
-def digests_of(sources: Sequence[str], skip_bad: bool) -> dict[Path, float]:
+def hash_numbers(sources: Sequence[str], skip_bad: bool) -> dict[Path, float]:
     """The files that hold text, each with a number from 0 to 1 that depends on its text alone. Of
-    files with the same text there is one.
+    several files with the same text, the first is kept.
 
-    All files are read for it, so that a bad one is named before any time is spent. ValueError for
+    All files are read first, so that a bad one is named before anything is encoded. ValueError for
     files that cannot be used."""
     paths = {}  # number -> the first file that has it
     for path in list_files(sources):
@@ -106,34 +107,34 @@ def digests_of(sources: Sequence[str], skip_bad: bool) -> dict[Path, float]:
     return {path: number for number, path in paths.items()}
 
 
-def chosen_to_validate(digests: dict[Path, float]) -> set[Path]:
-    """The files for validation of two or more: those with a number below VAL_SHARE, but at least
-    one and never all."""
-    ordered = sorted(digests, key=digests.get)
-    n_chosen = sum(number < VAL_SHARE for number in digests.values())
+def chosen_to_validate(numbers_of: dict[Path, float]) -> set[Path]:
+    """Which files are for validation, if there are two or more: those with a number below
+    VAL_SHARE, but at least one and never all."""
+    ordered = sorted(numbers_of, key=numbers_of.get)
+    n_chosen = sum(number < VAL_SHARE for number in numbers_of.values())
     n_chosen = min(max(1, n_chosen), len(ordered) - 1)
     return set(ordered[:n_chosen])
 
 
-def split_texts(digests: dict[Path, float], part: str) -> Iterator[str]:
+def split_texts(numbers_of: dict[Path, float], part: str) -> Iterator[str]:
     """The text of each document of a part, in the order of the files."""
-    if len(digests) == 1:
-        (path,) = digests
+    if len(numbers_of) == 1:
+        (path,) = numbers_of
         text = read_text(path, skip_bad=False)
         border = int(len(text) * (1 - VAL_SHARE))
         pieces = dict(train=text[:border], val=text[border:])
         if pieces[part]:
             yield pieces[part]
         return
-    to_validate = chosen_to_validate(digests)
-    for path in digests:
+    to_validate = chosen_to_validate(numbers_of)
+    for path in numbers_of:
         if (path in to_validate) == (part == "val"):
             yield read_text(path, skip_bad=False)
 
 
 def read_texts(sources: Sequence[str], part: str, skip_bad: bool = False) -> Iterator[str]:
     """The text of each document of a part. ValueError for files that cannot be used."""
-    yield from split_texts(digests_of(sources, skip_bad), part)
+    yield from split_texts(hash_numbers(sources, skip_bad), part)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -206,14 +207,14 @@ def write_documents(
     """Write the token ids of both parts to train.bin and val.bin in a folder, both or none.
 
     ValueError for sources that cannot be used."""
-    digests = digests_of(sources, skip_bad)
+    numbers_of = hash_numbers(sources, skip_bad)
     folder.mkdir(parents=True, exist_ok=True)
     train_path, val_path = [folder / name for name in TOKEN_FILES]
     with replacing(train_path) as train_partial, replacing(val_path) as val_partial:
         for part, partial in zip(PARTS, (train_partial, val_partial), strict=True):
             n_written = 0
             with open(partial, "wb") as file:
-                for ids in encode(split_texts(digests, part), tokenizer):
+                for ids in encode(split_texts(numbers_of, part), tokenizer):
                     file.write(ids.tobytes())
                     n_written += len(ids)
             if n_written == 1:
@@ -277,15 +278,16 @@ class Windows:
     """All batches of a run on text: `windows[stage, number]` makes one, as data.lessons.Lessons
     makes those of a run on stories.
 
-    A window is drawn from all places at which it would share a token with a document. Where it
-    would begin before the document, it begins with it. So the first tokens of a document are seen
-    at least as often as the others, and mostly with an empty memory, as in an evaluation."""
+    A window lies in one document. Its place is drawn at random, and may also lie up to n_tokens - 1
+    places before the document. Such a window is moved to the document's start. So first tokens are
+    seen at least as often as others, and mostly with an empty memory, as in an evaluation. The last
+    tokens of a document are seen less often."""
 
     documents: Documents
     batch_size: int  # most windows in a batch
     batch_tokens: int  # most tokens in a batch, unless one window has more
     seed: int
-    # length of a window -> what `up_to` has found
+    # length of a window -> what `places_up_to` has found
     places: dict[int, np.ndarray] = field(default_factory=dict)
 
     def __getitem__(self, key: Key) -> tuple[Key, Batch]:
@@ -303,7 +305,7 @@ class Windows:
     def draw(self, n_rows: int, n_tokens: int, number: int) -> Tensor:
         """n_rows windows, each with the token behind it: (n_rows, n_tokens + 1) int64."""
         rng = random.Random(f"{self.seed} {number}")
-        n_up_to = self.up_to(n_tokens)
+        n_up_to = self.places_up_to(n_tokens)
         rows = []
         for _ in range(n_rows):
             place = int(rng.random() * n_up_to[-1])  # among those of all documents
@@ -314,9 +316,9 @@ class Windows:
             rows.append(self.documents.ids[start : start + n_tokens + 1].astype(np.int64))
         return torch.from_numpy(np.stack(rows))
 
-    def up_to(self, n_tokens: int) -> np.ndarray:
+    def places_up_to(self, n_tokens: int) -> np.ndarray:
         """For each document, how many places it and all before it have for windows of n_tokens:
-        (n_documents,). A document that is shorter than a window has none.
+        (n_documents,). A document of no more than n_tokens ids has none.
 
         ValueError if no document is long enough for one."""
         if n_tokens not in self.places:

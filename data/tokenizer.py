@@ -129,8 +129,8 @@ class Tokenizer:
 
 
 class IdsOnly:
-    """Stands for a tokenizer of GPT-2's ids where nobody knows their texts: a model can be trained
-    on a file of ids and measured, but it can neither read nor write a text."""
+    """Stands for GPT-2's tokenizer on a machine that does not have it: a model can be trained on a
+    file of ids and measured, but it can neither read nor write a text."""
 
     n_vocab = 50257
     eot = 50256
@@ -267,7 +267,7 @@ def choose(name: str, sources: Sequence[str] = ()) -> Tokenizer | IdsOnly:
     "bytes"    an id for each byte and the end of text: 257 ids
     "gpt2"     that of GPT-2: 50,257 ids. tiktoken fetches it once
     "learned"  one of up to 2,048 ids that is learned from the texts of the run, which takes seconds
-    "ids"      GPT-2's ids without their texts, for files of ids alone
+    "ids"      for files of GPT-2's ids on a machine without its tokenizer
     a path     that of a rank file, which this module's command has written
 
     ValueError for another name, for a file that cannot be used, or if GPT-2's cannot be fetched."""
@@ -317,8 +317,8 @@ def of_checkpoint(content: dict, path: str | Path) -> Tokenizer | IdsOnly:
 
 
 def was_trained_on_text(content: dict) -> bool:
-    """Whether the model of a checkpoint was trained on text. Then it knows white space, and an end
-    of text before a document."""
+    """Whether the model of a checkpoint was trained on text. Such a model has seen white space as
+    it is, and an end of text before each document."""
     return (content.get("train") or {}).get("recipe") == "text"
 
 
@@ -337,16 +337,16 @@ def train(pieces: dict[str, int], words: Iterable[str], size: int) -> list[bytes
     """The tokens of a new tokenizer in the order of their ranks.
 
     pieces  the pieces of a text, and how often each occurs
-    words   are tokens in any case, alone and behind a space
+    words   become tokens even if they are rare, each alone and behind a space
     size    the number of tokens, or fewer if the text does not give so many
 
     First come the 256 bytes, then the tokens that are learned, then the words. ValueError if size
     is too small for the words.
 
-    Every step merges the neighbours that occur most often, and of equals the first in byte order.
-    They are counted by the bytes that they make up and not by their halves, as tiktoken merges by
-    bytes, too. tiktoken looks up a whole piece before it merges anything. So a word needs no tokens
-    for its beginnings, and pieces that are words are not learned from.
+    Each step joins the two neighbours that occur most often; of equals, the first in byte order.
+    Neighbours that join to the same bytes count as the same, since tiktoken merges by bytes, too.
+    tiktoken looks up a whole piece before it merges anything. So a word needs no tokens for its
+    beginnings, and pieces that are words teach nothing.
 
     A heap holds the neighbours, the best first. It may overstate how often they occur. An entry is
     put right when it comes first."""

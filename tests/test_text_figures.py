@@ -19,7 +19,7 @@ from data.loss import Measured, measure, table
 from data.text import read_documents, read_texts
 from lm2 import LM2, LM2Config, load_checkpoint, save_checkpoint
 from test_train import refused
-from text import BEFORE_WINDOW, IN_WINDOW, NOWHERE
+from text import BEFORE_SEGMENT, IN_SEGMENT, NOWHERE
 
 S = 16  # tokens of a segment
 N_FILES = 80
@@ -97,7 +97,7 @@ def run(capsys, tmp_path, *argv):
 
 
 @pytest.mark.parametrize("segment_len", [1, 4, 7])
-def test_a_token_is_in_the_window_if_its_segment_has_read_it_before(segment_len):
+def test_a_token_is_in_the_segment_if_its_segment_has_read_it_before(segment_len):
     rng = random.Random(segment_len)
     end_of_text = 99
     ids = [end_of_text, *(rng.randrange(12) for _ in range(60))]
@@ -105,12 +105,12 @@ def test_a_token_is_in_the_window_if_its_segment_has_read_it_before(segment_len)
     for i, target in enumerate(ids[1:]):
         read_in_segment = ids[i // segment_len * segment_len : i + 1]
         if target in read_in_segment:
-            expected.append(IN_WINDOW)
+            expected.append(IN_SEGMENT)
         elif target in ids[: i + 1]:
-            expected.append(BEFORE_WINDOW)
+            expected.append(BEFORE_SEGMENT)
         else:
             expected.append(NOWHERE)
-    assert set(expected) == {IN_WINDOW, BEFORE_WINDOW, NOWHERE}
+    assert set(expected) == {IN_SEGMENT, BEFORE_SEGMENT, NOWHERE}
     assert text.places_before(np.array(ids[1:]), segment_len).tolist() == expected
 
 
@@ -124,32 +124,32 @@ def test_the_gain_of_a_token_is_a_sum_over_its_occurrences_beyond_the_first_segm
     gains = text.gains_of((measured, "on"), (measured, "off"), tokenizer)
     first, second = gains["tokens"]  # c loses, so it is not there
     assert first == dict(
-        token="'a'", id=a, occurrences=2, gain=2.5, mean=1.25, before_window=0.5
+        token="'a'", id=a, occurrences=2, gain=2.5, mean=1.25, before_segment=0.5
     )  # the first of the two had stood in the first segment, the second one directly before
-    assert second["token"] == "'b'" and second["gain"] == 0.25 and second["before_window"] == 1
+    assert second["token"] == "'b'" and second["gain"] == 0.25 and second["before_segment"] == 1
     assert gains["n_tokens"] == 4 and gains["gain"] == 2.25
     found = {line["place"]: (line["tokens"], line["gain"]) for line in gains["places"]}
     assert found == {
-        text.PLACES[BEFORE_WINDOW]: (2, 0.75),
-        text.PLACES[IN_WINDOW]: (1, 2.0),
+        text.PLACES[BEFORE_SEGMENT]: (2, 0.75),
+        text.PLACES[IN_SEGMENT]: (1, 2.0),
         text.PLACES[NOWHERE]: (1, -0.5),
     }
     printed = text.gain_table("on", "off", gains)
     assert (
-        "'a'                                   2           2.5       1.250           50%" in printed
+        "'a'                                  2           2.5       1.250            50%" in printed
     )
-    assert "in the document, not in window      50%     33%  0.3750" in printed
+    assert "in the document, not in segment     50%     33%  0.3750" in printed
 
 
-def test_the_segments_of_the_first_column_say_which_tokens_count_and_what_a_window_is():
+def test_the_segments_of_the_first_column_say_which_tokens_count_and_what_a_segment_is():
     tokenizer = tokenizers.choose("bytes")
-    targets = [7, 1, 2, 7, 3, 1, 2, 1]  # the last one is in the window of long alone
+    targets = [7, 1, 2, 7, 3, 1, 2, 1]  # the last one is in the segment of long alone
     short = measured_of(dict(on=[0.0] * 8), targets, segment_len=1)
     long = measured_of(dict(on=[1.0] * 8), targets, segment_len=4)
-    for first, second, n_tokens, n_in_window in ((short, long, 7, 0), (long, short, 4, 1)):
+    for first, second, n_tokens, n_in_segment in ((short, long, 7, 0), (long, short, 4, 1)):
         gains = text.gains_of((first, "on"), (second, "on"), tokenizer)
         assert gains["n_tokens"] == n_tokens
-        assert gains["places"][IN_WINDOW]["tokens"] == n_in_window
+        assert gains["places"][IN_SEGMENT]["tokens"] == n_in_segment
 
 
 def test_there_are_no_gains_where_no_document_is_longer_than_a_segment():
@@ -180,7 +180,7 @@ def test_a_token_is_shown_as_python_writes_it_and_cut_where_it_is_long():
     tokenizer = tokenizers.choose("bytes")
     assert text.token_text(tokenizer, 10) == "'\\n'"
     assert text.token_text(tokenizer, 0xC3) == "b'\\xc3'"
-    line = dict(token="'" + " " * 60 + "'", occurrences=1, gain=1.0, mean=1.0, before_window=0.0)
+    line = dict(token="'" + " " * 60 + "'", occurrences=1, gain=1.0, mean=1.0, before_segment=0.0)
     printed = text.gain_table("a", "b", dict(n_tokens=1, gain=1.0, tokens=[line], places=[]))
     assert "...  " in printed and max(len(line) for line in printed.split("\n")) <= 79
 
