@@ -7,6 +7,7 @@ import json
 import math
 import random
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from lm2 import LM2, LM2Config, load_checkpoint, save_checkpoint
 from test_train import refused
 from text import BEFORE_SEGMENT, IN_SEGMENT, NOWHERE
 
+CURVES = Path(__file__).resolve().parent.parent / "assets" / "curves"
 S = 16  # tokens of a segment
 N_FILES = 80
 SENTENCE = "the old ship goes under a bridge of stone over the new river and past a red house"
@@ -431,3 +433,19 @@ def test_curves_that_cannot_be_drawn_are_named(capsys, tmp_path, validation, n_r
     if n_runs > 0:
         argv += ["--curves", *[log] * n_runs]
     assert said in refused(capsys, pictures.main, "text", *argv)
+
+
+@pytest.mark.parametrize("path", sorted(CURVES.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_the_curves_that_are_kept_fall(path):
+    name, curves = pictures.load_curves(f"{path.stem}={path}")
+    assert name == path.stem
+    for points in curves.values():
+        tokens, losses = zip(*points, strict=True)
+        assert list(tokens) == sorted(tokens)
+        assert losses[-1] < losses[0]
+
+
+def test_the_figures_that_are_kept_are_of_three_models_on_the_same_tokens():
+    models = text.load_losses(CURVES.parent / "text.json")["models"]
+    assert [model["name"] for model in models] == ["lm2", "llama", "rmt"]
+    assert len({model["tokens"] for model in models}) == 1
