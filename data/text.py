@@ -109,7 +109,9 @@ def hash_numbers(sources: Sequence[str], skip_bad: bool) -> dict[Path, float]:
 
 def chosen_to_validate(numbers_of: dict[Path, float]) -> set[Path]:
     """Which files are for validation, if there are two or more: those with a number below
-    VAL_SHARE, but at least one and never all."""
+    VAL_SHARE, but at least one and never all.
+
+    numbers_of  as `hash_numbers` returns it"""
     ordered = sorted(numbers_of, key=numbers_of.get)
     n_chosen = sum(number < VAL_SHARE for number in numbers_of.values())
     n_chosen = min(max(1, n_chosen), len(ordered) - 1)
@@ -117,7 +119,9 @@ def chosen_to_validate(numbers_of: dict[Path, float]) -> set[Path]:
 
 
 def split_texts(numbers_of: dict[Path, float], part: str) -> Iterator[str]:
-    """The text of each document of a part, in the order of the files."""
+    """The text of each document of a part, in the order of the files.
+
+    numbers_of  as `hash_numbers` returns it"""
     if len(numbers_of) == 1:
         (path,) = numbers_of
         text = read_text(path, skip_bad=False)
