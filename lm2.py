@@ -66,7 +66,9 @@ class LM2Config:
     # none in an RMT.
     n_mem_layer: int | None = None  # so many blocks, from the first on
     mem_blocks: tuple[int, ...] | None = None  # their numbers: 0 is the first, -1 the last, () none
+    memory_kind: str = "lm2"  # the memory of these blocks, a name in MEMORIES
     n_mem_token: int = 0  # memory tokens of an RMT (arXiv 2207.06881), which has no banks
+    mem_projection: bool = False  # of an RMT: what is carried goes through a matrix
     rope_theta: float = 10000.0  # base of the rotary angles
     rope_scaling: dict | None = None  # as in Llama 3.1, with the four keys of its config
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
@@ -113,7 +115,19 @@ class LM2Config:
             )
         if self.n_mem_layer and self.n_embd % self.n_mem_head:
             raise ValueError(f"n_mem_head {self.n_mem_head} does not divide n_embd {self.n_embd}")
-        if self.n_mem_layer and self.n_slot > self.n_embd:
+        if self.memory_kind not in MEMORIES:
+            raise ValueError(
+                f"there is no memory_kind {self.memory_kind}: choose one of {', '.join(MEMORIES)}"
+            )
+        if self.memory_kind != "lm2" and not self.n_mem_layer:
+            raise ValueError(
+                f"memory_kind {self.memory_kind} without a block that has a memory: name the "
+                "blocks with mem_blocks, or leave memory_kind out"
+            )
+        if self.mem_projection and not self.n_mem_token:
+            raise ValueError("mem_projection is for an RMT: set n_mem_token, or leave it out")
+        has_slots = self.n_mem_layer and self.memory_kind == "lm2"
+        if has_slots and self.n_slot > self.n_embd:
             raise ValueError(
                 f"n_slot {self.n_slot} is more than n_embd {self.n_embd}: slots start as rows of "
                 "the identity, and slots that start alike stay alike"
@@ -164,7 +178,7 @@ class State:
 
     Its tensors are never changed in place, so one state can be continued many times."""
 
-    # What the open segment finds. For LM2: the bank of each block, (B, N, D), None for a block
+    # What the open segment finds. For LM2: the bank of each block, (B, *bank_shape), None for one
     # without a memory. For RMT: a list of one tensor, its memory tokens (B, n_mem_token, D).
     # differs from paper: each block keeps a bank of its own; t in M_t counts segments, not blocks
     carried: list[Tensor | None]
@@ -235,8 +249,8 @@ class Cache:
 
     # k and v of the open segment's tokens so far, (B, KV, n, D/H) each; None before the first.
     self_kv: tuple[Tensor, Tensor] | None
-    # K and V of the bank, (B, HM, N, D/HM) each; None for a block without a memory.
-    bank_kv: tuple[Tensor, Tensor] | None
+    # What `prepare` of the block's memory has made of the bank; None for a block without a memory.
+    prepared: Tensor | tuple[Tensor, Tensor] | None
 
 
 class Attention(nn.Module):
@@ -304,13 +318,65 @@ class Attention(nn.Module):
         return self.attend(q, k, v, causal=is_first)
 
 
-class Memory(nn.Module):
-    """The memory of one block (paper, section 2): tokens read its slots, segments write them."""
+class BlockMemory(nn.Module):
+    """What every kind of memory is. A kind inherits this class, takes the sizes in `__init__(cfg)`,
+    and has these four:
+
+        bank_shape                the shape of the bank of one document
+        first_bank()              the bank with which a document begins, of that shape
+        read_segments(x, banks)   tokens x (B, G, S, D) and the bank that each segment finds,
+                                  (B, G, *bank_shape) -> what is added to x
+        write_segment(x, M)       the tokens x (B, S, D) of a full segment and the bank M that it
+                                  finds, (B, *bank_shape) -> the bank that the next segment finds
+
+    x is the residual stream after self-attention, as it is: most kinds take its norm first. Each
+    token reads alone, since a stream gives one token at a time. M stays as it is, since a state may
+    be continued twice. Its dtype is at least float32.
+
+    `forward`, `prepare` and `next_tokens` are made of these. A kind may have faster ones of its own
+    in place of read_segments and write_segment. The parameters start as `Decoder.init_weights`
+    tells."""
+
+    bank_shape: tuple[int, ...]
+    into_stream: tuple[str, ...] = ("wo",)  # the matrices whose results are added to the stream
+    gates: tuple[str, ...] = ()  # the parameters that --gate_lr of train.py is for
+    parts: tuple[str, ...] = ("read_segments", "write_segment")  # what --compile compiles
+
+    def forward(self, x: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, G, S, D) and the bank M that the first segment finds -> what is added to x, and the
+        bank that the last segment finds. The last segment stays open: it is not written."""
+        banks = [M]
+        for full_segment in x[:, :-1].unbind(1):
+            M = self.write_segment(full_segment, M).to(M.dtype)
+            banks.append(M)
+        return self.read_segments(x, torch.stack(banks, dim=1)), M
+
+    def prepare(self, M: Tensor):
+        """What `next_tokens` needs of the bank M. It is made once for all tokens of a segment."""
+        return M
+
+    def next_tokens(self, x: Tensor, prepared) -> Tensor:
+        """Tokens x (B, n, D) of the open segment -> what is added to them."""
+        return self.read_segments(x[:, None], prepared[:, None])[:, 0]
+
+    def start(self, shared: Tensor) -> None:
+        """Set the parameters that shall not start as `Decoder.init_weights` tells.
+
+        shared  the vector (D) that `start_as_a_copier` has added to all embeddings"""
+
+
+class Memory(BlockMemory):
+    """LM2's memory (paper, section 2): tokens read its slots, segments write them."""
+
+    into_stream = ("wv",)
+    gates = ("w_in", "w_out", "w_forget", "null")
+    parts = ("queries", "candidates", "write", "keys_and_values", "read")
 
     def __init__(self, cfg: LM2Config):
         super().__init__()
         D = cfg.n_embd
         self.n_head = cfg.n_mem_head
+        self.bank_shape = (cfg.n_slot, D)
         self.token_norm = nn.RMSNorm(D, cfg.norm_eps)
         self.bank_norm = nn.RMSNorm(D, cfg.norm_eps)
         self.wq = nn.Linear(D, D, bias=False)  # W^Q in the paper
@@ -325,6 +391,10 @@ class Memory(nn.Module):
         # model's segment_len is. In shorter segments it gets more.
         self.null = nn.Parameter(torch.full((cfg.n_mem_head,), math.log(cfg.segment_len) - 0.5))
 
+    def start(self, shared: Tensor) -> None:
+        """A forget gate starts near sigmoid(1) = 0.73: it keeps most."""
+        self.w_forget.bias.fill_(1.0)
+
     def heads(self, x: Tensor) -> Tensor:
         """(..., n, D) -> (..., HM, n, D/HM)"""
         return x.unflatten(-1, (self.n_head, -1)).transpose(-3, -2)
@@ -332,6 +402,11 @@ class Memory(nn.Module):
     def merge(self, x: Tensor) -> Tensor:
         """(..., HM, n, D/HM) -> (..., n, D)"""
         return x.transpose(-3, -2).flatten(-2)
+
+    def first_bank(self) -> Tensor:
+        """M_0 (N, D): rows of the identity, a constant."""
+        # differs from paper: N x D, where the paper has N x d x d
+        return torch.eye(*self.bank_shape)
 
     def forward(self, x: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, G, S, D) and the bank M (B, N, D) that the first segment finds -> E_gated
@@ -400,13 +475,131 @@ class Memory(nn.Module):
         # differs from paper: its g_out * M multiplies T x d by N x d
         return g_out * E_mem  # Eq. (3)  (..., S, D)
 
-    def next_tokens(self, x: Tensor, cache: Cache) -> Tensor:
+    def prepare(self, M: Tensor) -> tuple[Tensor, Tensor]:
+        """M (B, N, D) -> K and V (B, HM, N, D/HM)."""
+        return self.keys_and_values(M)
+
+    def next_tokens(self, x: Tensor, prepared: tuple[Tensor, Tensor]) -> Tensor:
         """x (B, n, D), tokens of the open segment -> E_gated (B, n, D). Nothing is written here."""
-        K, V = cache.bank_kv
+        K, V = prepared
         return self.read(self.queries(self.token_norm(x)), K, V)
 
     def record(self, **weights_and_gates: Tensor) -> None:
         """Does nothing. A plotting tool replaces it, to collect these weights and gates."""
+
+
+class NeuralMemory(BlockMemory):
+    """The long-term memory of Titans (arXiv 2501.00663, section 3). What learns is a matrix W in
+    each head, which maps a token's key to its value.
+
+    The loss of a token is |W k - v|^2 / 2. To write a segment is one step of gradient descent on
+    it, with momentum and forgetting:
+
+        gradient = sum over tokens of rate * (W k - v) k^T, with the W that the segment finds
+        momentum = g_momentum * momentum - gradient          Eq. (14), the paper's S_t
+        W        = (1 - g_decay) * W + momentum              Eq. (13)
+
+    Without momentum and forgetting, in segments of one token, this is the delta rule. Without W k
+    it would be linear attention, which adds v k^T. To a W of zeros both add the same."""
+
+    gates = ("w_rate", "w_momentum", "w_decay", "w_gate")
+    parts = ("lessons", "update", "read_segments")
+
+    def __init__(self, cfg: LM2Config):
+        super().__init__()
+        D = cfg.n_embd
+        self.n_head = cfg.n_mem_head
+        width = D // self.n_head
+        self.bank_shape = (2, self.n_head, width, width)  # W and its momentum
+        self.token_norm = nn.RMSNorm(D, cfg.norm_eps)
+        self.read_norm = nn.RMSNorm(width, cfg.norm_eps)
+        self.wq = nn.Linear(D, D, bias=False)
+        self.wk = nn.Linear(D, D, bias=False)
+        self.wv = nn.Linear(D, D, bias=False)
+        self.wo = nn.Linear(D, D, bias=False)
+        self.w_gate = nn.Linear(D, D)
+        self.w_rate = nn.Linear(D, self.n_head)
+        self.w_momentum = nn.Linear(D, self.n_head)
+        self.w_decay = nn.Linear(D, self.n_head)
+        self.segment_len = cfg.segment_len
+
+    def start(self, shared: Tensor) -> None:
+        """Set where the gates start, and make keys, values and queries blind to the shared vector.
+        Otherwise the keys of all tokens would start with nearly the same direction."""
+        # paper silent: where the gates start. A token's rate starts near 1/S, so that a segment
+        # makes about one full step, momentum near 0.12 and forgetting near 0.02.
+        self.w_rate.bias.fill_(-math.log(self.segment_len))
+        self.w_momentum.bias.fill_(-2.0)
+        self.w_decay.bias.fill_(-4.0)
+        direction = shared / shared.norm()
+        for matrix in (self.wq.weight, self.wk.weight, self.wv.weight):
+            matrix.sub_(torch.outer(matrix @ direction, direction))
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(..., n, D) -> (..., HM, n, D/HM)"""
+        return x.unflatten(-1, (self.n_head, -1)).transpose(-3, -2)
+
+    def first_bank(self) -> Tensor:
+        """Zeros: nothing is known, and nothing moves."""
+        return torch.zeros(self.bank_shape)
+
+    def forward(self, x: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
+        """As in BlockMemory. But only the update is made segment by segment."""
+        lessons = self.lessons(self.token_norm(x[:, :-1]))
+        banks = [M]
+        for lesson in zip(*(part.unbind(1) for part in lessons), strict=True):
+            M = self.update(M, *lesson)
+            banks.append(M)
+        return self.read_segments(x, torch.stack(banks, dim=1)), M
+
+    def lessons(self, E: Tensor) -> tuple[Tensor, ...]:
+        """What segments teach, from their normalised tokens E (B, G, S, D): keys of length 1 and
+        values (B, G, HM, S, D/HM), rates (B, G, HM, S, 1), momentum and decay (B, G, HM, 1, 1)."""
+        precise = torch.promote_types(E.dtype, torch.float32)
+        k = F.normalize(self.heads(self.wk(E)).to(precise), dim=-1)
+        v = self.heads(self.wv(E)).to(precise)
+        rate = torch.sigmoid(self.w_rate(E).to(precise)).mT[..., None]
+        # A segment has one momentum and one forgetting, as in the paper's section 3.2.
+        mean = E.mean(dim=-2)  # (B, G, D)
+        g_momentum = torch.sigmoid(self.w_momentum(mean).to(precise))
+        g_decay = torch.sigmoid(self.w_decay(mean).to(precise))
+        return k, v, rate, g_momentum[..., None, None], g_decay[..., None, None]
+
+    def update(
+        self, M: Tensor, k: Tensor, v: Tensor, rate: Tensor, g_momentum: Tensor, g_decay: Tensor
+    ) -> Tensor:
+        """M (B, 2, HM, D/HM, D/HM) and the lesson of one segment -> the next M."""
+        with torch.autocast(M.device.type, enabled=False):
+            W, momentum = M.unbind(1)  # (B, HM, D/HM, D/HM) each
+            # differs from paper: a step is shortened if it could go beyond the values, as it could
+            # where many keys are alike. The Frobenius norm of sum rate k k^T is at least its
+            # largest eigenvalue, which has to be 1 at most.
+            length = ((rate * k).mT @ k).norm(dim=(-2, -1), keepdim=True)  # (B, HM, 1, 1)
+            rate = rate / length.clamp(min=1)
+            error = k @ W.mT - v  # (B, HM, S, D/HM)
+            gradient = (rate * error).mT @ k
+            momentum = g_momentum * momentum - gradient
+            W = (1 - g_decay) * W + momentum
+            return torch.stack((W, momentum), dim=1)
+
+    def read_segments(self, x: Tensor, banks: Tensor) -> Tensor:
+        """x (B, G, S, D), banks (B, G, 2, HM, D/HM, D/HM) -> (B, G, S, D)."""
+        E = self.token_norm(x)
+        q = F.normalize(self.heads(self.wq(E)), dim=-1)  # (B, G, HM, S, D/HM)
+        W = banks[:, :, 0].to(q.dtype)
+        # Norm, gate and projection of what is read are as in the paper's section 4.4.
+        y = self.read_norm((q @ W.mT).to(self.read_norm.weight.dtype))
+        y = y.transpose(-3, -2).flatten(-2)  # (B, G, S, D)
+        return self.wo(torch.sigmoid(self.w_gate(E)) * y)
+
+    def write_segment(self, x: Tensor, M: Tensor) -> Tensor:
+        """x (B, S, D), M (B, 2, HM, D/HM, D/HM) -> the next M."""
+        lesson = self.lessons(self.token_norm(x))
+        return self.update(M, *lesson)
+
+
+# The kinds of memory by name, for memory_kind.
+MEMORIES: dict[str, type[BlockMemory]] = {"lm2": Memory, "neural": NeuralMemory}
 
 
 class FeedForward(nn.Module):
@@ -433,13 +626,13 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.attention = Attention(cfg)
         self.feed_forward = FeedForward(cfg)
-        self.memory = Memory(cfg) if has_memory else None
+        self.memory = MEMORIES[cfg.memory_kind](cfg) if has_memory else None
 
     def forward(
         self, x: Tensor, M: Tensor | None, rope: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        """x (B, G, S, D) and the bank M (B, N, D) that the first segment finds -> x (B, G, S, D)
-        and the bank that the last segment finds."""
+        """x (B, G, S, D) and the bank M that the first segment finds -> x (B, G, S, D) and the bank
+        that the last segment finds."""
         rows = self.attention_norm(x).flatten(0, 1)  # (B*G, S, D)
         x = x + self.attention(rows, rope).view_as(x)
         if self.memory is not None:
@@ -453,13 +646,13 @@ class Block(nn.Module):
         is written here. Whoever changes the order in `forward` has to change it here too."""
         x = x + self.attention.next_tokens(self.attention_norm(x), rope, cache)
         if self.memory is not None:
-            x = x + self.memory.next_tokens(x, cache)
+            x = x + self.memory.next_tokens(x, cache.prepared)
         return x + self.feed_forward(self.ffn_norm(x))
 
     def new_cache(self, M: Tensor | None) -> Cache:
-        """A cache without tokens, for an open segment that finds the bank M (B, N, D)."""
-        bank_kv = None if self.memory is None else self.memory.keys_and_values(M)
-        return Cache(self_kv=None, bank_kv=bank_kv)
+        """A cache without tokens, for an open segment that finds the bank M."""
+        prepared = None if self.memory is None else self.memory.prepare(M)
+        return Cache(self_kv=None, prepared=prepared)
 
 
 def choose(
@@ -508,18 +701,22 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Matrices are normal with standard deviation 1/sqrt(fan-in). It is divided by sqrt(2 L)
-        where the result is added to the residual stream. (In a memory that is wv: `w_out` is a
-        gate.) At the end `start_as_a_copier` replaces some of these values.
+        where the result is added to the residual stream. Biases are 0. Parameters of a memory that
+        are no `weight` or `bias` stay as they were made. At the end `start_as_a_copier` and the
+        memories replace some of these values.
 
         A subclass calls it when all its parameters are there."""
+        into_stream = ["attention.wo.weight", "feed_forward.w2.weight"]
+        for name in MEMORIES[self.cfg.memory_kind].into_stream:
+            into_stream.append(f"memory.{name}.weight")
         for name, p in self.named_parameters():
+            if ".memory." in name and not name.endswith((".weight", ".bias")):
+                continue
             if p.ndim == 2:
                 deviation = p.shape[1] ** -0.5
-                if name.endswith((".attention.wo.weight", ".w2.weight", ".memory.wv.weight")):
+                if name.endswith(tuple(into_stream)):
                     deviation *= (2 * self.cfg.n_layer) ** -0.5
                 p.normal_(std=deviation)
-            elif name.endswith(".w_forget.bias"):
-                p.fill_(1.0)  # a forget gate starts near sigmoid(1) = 0.73: it keeps most
             elif name.endswith(".bias"):
                 p.zero_()
         # Unit size: a token is still visible in the residual stream after the first blocks.
@@ -548,6 +745,9 @@ class Decoder(nn.Module):
         # The output layer is a small copy of the embedding. So a token that is brought raises its
         # own logit. Tied embeddings become as small as the head, and little of this holds.
         self.output.weight.copy_(0.02 * self.tok_embeddings.weight)
+        for block in self.layers:
+            if block.memory is not None:
+                block.memory.start(shared)
 
     @property
     def precise_dtype(self) -> torch.dtype:
@@ -560,7 +760,7 @@ class Decoder(nn.Module):
         memory = 0
         for name, p in self.named_parameters():
             total += p.numel()
-            if ".memory." in name or name == "mem_tokens":
+            if ".memory." in name or name.startswith("mem_"):
                 memory += p.numel()
         return total, memory
 
@@ -742,20 +942,22 @@ class LM2(Decoder):
         self.init_weights()
 
     def carried_shapes(self, batch: int) -> list[tuple[int, ...] | None]:
-        """(B, N, D) for each block that has a memory."""
-        bank = (batch, self.cfg.n_slot, self.cfg.n_embd)
-        return [None if block.memory is None else bank for block in self.layers]
+        """(B, *bank_shape) for each block that has a memory."""
+        shapes = []
+        for block in self.layers:
+            shapes.append(None if block.memory is None else (batch, *block.memory.bank_shape))
+        return shapes
 
     def first_carried(self, batch: int) -> list[Tensor | None]:
-        """M_0 for each block that has a memory: rows of the identity, a constant."""
-        weight = self.norm.weight
-        # differs from paper: N x D, where the paper has N x d x d
-        M = torch.eye(
-            self.cfg.n_slot, self.cfg.n_embd, dtype=self.precise_dtype, device=weight.device
-        )
+        """The first bank of each block that has a memory, for each document."""
         banks = []
         for block in self.layers:
-            banks.append(None if block.memory is None else M.repeat(batch, 1, 1))
+            if block.memory is None:
+                banks.append(None)
+                continue
+            with self.norm.weight.device:  # nothing is copied from the CPU
+                M = block.memory.first_bank().to(self.precise_dtype)
+            banks.append(M.expand(batch, *M.shape).clone())
         return banks
 
     def start_stream(self, state: State) -> tuple[Tensor, list[Cache]]:
@@ -817,6 +1019,9 @@ class RMT(Decoder):
         if cfg.n_mem_token < 1:
             raise ValueError(f"n_mem_token {cfg.n_mem_token} must be at least 1 for an RMT")
         self.mem_tokens = nn.Parameter(torch.empty(cfg.n_mem_token, cfg.n_embd))
+        self.mem_projection = None
+        if cfg.mem_projection:
+            self.mem_projection = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
         self.init_weights()
 
     def carried_shapes(self, batch: int) -> list[tuple[int, ...] | None]:
@@ -868,6 +1073,8 @@ class RMT(Decoder):
             outputs.append(x[:, n_memory : n_memory + segment.shape[1]])
             if not is_last:
                 memory = self.norm(x[:, -n_memory:])
+                if self.mem_projection is not None:
+                    memory = self.mem_projection(memory)
         after = State([memory], segments[-1].clone(), state.segment_len)
         x = torch.cat(outputs, dim=1)[:, state.open_ids.shape[1] :]  # (B, T, D)
         logits, loss = self.logits_and_loss(x, targets, at)
@@ -955,19 +1162,25 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
 
 
 STATE_FORMAT = "lm2-state-1"
+# Sizes that there were not when the first states were written, with the values that they had.
+SIZES_MISSING_IN_OLDER = dict(memory_kind="lm2", mem_projection=False)
 
 
 def fingerprint(model: LM2 | RMT) -> str:
     """32 hexadecimal digits that models with other sizes or weights do not share. The device does
     not matter."""
-    digest = hashlib.blake2b(str(asdict(model.cfg)).encode(), digest_size=16)
+    sizes = asdict(model.cfg)
+    for name, missing in SIZES_MISSING_IN_OLDER.items():
+        if sizes[name] == missing:
+            del sizes[name]  # so that states stay valid
+    digest = hashlib.blake2b(str(sizes).encode(), digest_size=16)
     for weight in model.state_dict().values():
         digest.update(weight.cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def stacked(carried: list[Tensor | None]) -> Tensor:
-    """What a state carries as one tensor, (number of tensors, B, N, D). Without any it is (0,)."""
+    """What a state carries as one tensor, (number of tensors, B, ...). Without any it is (0,)."""
     tensors = [tensor for tensor in carried if tensor is not None]
     return torch.stack(tensors) if tensors else torch.zeros(0)
 

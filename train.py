@@ -87,7 +87,7 @@ from data.text import (
 )
 from data.tokenizer import Tokenizer, of_checkpoint, was_trained_on_text
 from data.tokenizer import choose as choose_tokenizer
-from lm2 import LM2, RMT, LM2Config, build_model, load_checkpoint, save_checkpoint
+from lm2 import LM2, MEMORIES, RMT, LM2Config, build_model, load_checkpoint, save_checkpoint
 
 # -------------------------------------------------------------------------------------------------
 # Configuration
@@ -352,7 +352,9 @@ SIZE_FLAGS = dict(
     "this flag, --mem_blocks or the preset says which blocks have one.",
     mem_blocks="The numbers of the blocks with a memory, instead of --n_mem_layer. The first is 0, "
     "the last is -1.",
+    memory_kind="The kind of memory in these blocks, a name in MEMORIES of lm2.py.",
     n_mem_token="The number of memory tokens. More than 0 makes an RMT, which has no slots.",
+    mem_projection="What an RMT carries to the next segment goes through a matrix first.",
 )
 
 # Settings that older checkpoints lack, with the values that their runs had.
@@ -541,9 +543,6 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-MEMORY_PARTS = ("queries", "candidates", "write", "keys_and_values", "read")
-
-
 def compile_blocks(model: nn.Module, **options) -> None:
     """Compile in place, with torch.compile's options, what the segments of a document pass through.
 
@@ -561,7 +560,7 @@ def compile_blocks(model: nn.Module, **options) -> None:
         block.attention.compile(fullgraph=True, **options)
         block.feed_forward.compile(fullgraph=True, **options)
         if block.memory is not None:
-            for name in MEMORY_PARTS:
+            for name in block.memory.parts:
                 part = getattr(block.memory, name)
                 setattr(block.memory, name, torch.compile(part, fullgraph=True, **options))
 
@@ -862,17 +861,16 @@ class Progress:
         return share
 
 
-GATES = ("w_in", "w_out", "w_forget", "null")  # of a memory
-
-
 def optimizer_groups(model: LM2 | RMT, gate_lr: float) -> list[dict]:
     """The parameters in groups for AdamW. Matrices decay; the weights of norms, the biases and the
     scores of nulls do not. With a gate_lr above 1 the gates are a group of their own."""
     matrices = []
     others = []
     gates = []
+    gate_names = MEMORIES[model.cfg.memory_kind].gates
     for name, p in model.named_parameters():
-        is_gate = any(f".memory.{gate}" in name for gate in GATES)
+        _, _, in_memory = name.partition(".memory.")  # such as w_in.bias
+        is_gate = in_memory.split(".")[0] in gate_names
         if is_gate and gate_lr > 1:
             gates.append(p)
         elif p.ndim >= 2:
@@ -1397,9 +1395,12 @@ def describe(
     total, memory = model.n_params()
     if sizes.kind == "lm2":
         blocks = " ".join(str(i) for i in sizes.mem_blocks)
-        remembers = f"{sizes.n_slot} slots in block {blocks}"
+        holds = f"{sizes.n_slot} slots"
+        if sizes.memory_kind != "lm2":
+            holds = f"a memory of the kind {sizes.memory_kind}"
+        remembers = f"{holds} in block {blocks}"
         if sizes.n_mem_layer > 1:
-            remembers = f"{sizes.n_slot} slots in each of the blocks {blocks}"
+            remembers = f"{holds} in each of the blocks {blocks}"
     elif sizes.kind == "rmt":
         remembers = f"{sizes.n_mem_token} memory tokens"
     else:

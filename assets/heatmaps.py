@@ -65,9 +65,14 @@ def pick(x: Tensor, head: str) -> Tensor:
 
 
 def check_memory(model: LM2) -> None:
-    """ValueError for a model without banks."""
+    """ValueError for a model without slots."""
     if not model.cfg.mem_blocks:
         raise ValueError("the model has no memory: choose a checkpoint with n_mem_layer above 0")
+    if model.cfg.memory_kind != "lm2":
+        raise ValueError(
+            f"the model's memory is of the kind {model.cfg.memory_kind}, which has no slots: "
+            "choose a checkpoint with memory_kind lm2"
+        )
 
 
 def prepare(model: LM2, doc: Document, layer: int | None) -> Tensor:

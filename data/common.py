@@ -76,14 +76,23 @@ class Parser(argparse.ArgumentParser):
                 )
 
     def add_sizes(self, helps: dict[str, str], defaults: Any) -> None:
-        """Add flags for whole numbers. defaults has an attribute for each of them. Where that is a
-        tuple, the flag takes one number or more."""
+        """Add flags for whole numbers, names, and what is on or off. defaults has an attribute for
+        each of them. Where that is a tuple, the flag takes one number or more."""
         group = self.add_argument_group("sizes of the model")
         for name, text in helps.items():
             default = getattr(defaults, name)
-            n_numbers = "+" if isinstance(default, tuple) else None
-            text = help_text(text, default)
-            group.add_argument(f"--{name}", nargs=n_numbers, type=int, metavar="INT", help=text)
+            if isinstance(default, bool):
+                group.add_argument(f"--{name}", action="store_true", default=None, help=text)
+                continue
+            n_values = "+" if isinstance(default, tuple) else None
+            kind = str if isinstance(default, str) else int
+            group.add_argument(
+                f"--{name}",
+                nargs=n_values,
+                type=kind,
+                metavar=kind.__name__.upper(),
+                help=help_text(text, default),
+            )
 
 
 class Tuple(argparse.Action):

@@ -38,6 +38,10 @@ TEXT = dict(
 PRESETS: dict[str, dict] = {
     "cpu": CPU,
     "cpu-rmt": dict(CPU, mem_blocks=(), n_mem_token=16, ffn_dim=225),
+    "cpu-rmt-projection": dict(
+        CPU, mem_blocks=(), n_mem_token=16, mem_projection=True, ffn_dim=218
+    ),
+    "cpu-neural": dict(CPU, memory_kind="neural", ffn_dim=188),
     "cpu-llama": dict(CPU, mem_blocks=(), ffn_dim=226),
     "cpu-full": dict(CPU, mem_blocks=(), ffn_dim=226, segment_len=16384),
     "cpu-hours": CPU_HOURS,
@@ -50,6 +54,10 @@ PRESETS: dict[str, dict] = {
     "gpu-full": dict(GPU, n_mem_layer=0, ffn_dim=1048, segment_len=16384),
     "text": TEXT,
     "text-rmt": dict(TEXT, mem_blocks=(), n_mem_token=16, ffn_dim=225),
+    "text-rmt-projection": dict(
+        TEXT, mem_blocks=(), n_mem_token=16, mem_projection=True, ffn_dim=218
+    ),
+    "text-neural": dict(TEXT, memory_kind="neural", ffn_dim=188),
     "text-llama": dict(TEXT, mem_blocks=(), ffn_dim=226),
     "text-deeper": dict(TEXT, mem_blocks=(), n_layer=4),
     "text-full": dict(TEXT, mem_blocks=(), ffn_dim=226, segment_len=1024),
@@ -79,6 +87,8 @@ PRESETS: dict[str, dict] = {
 RECIPE_OF: dict[str, str] = {
     "cpu": "qa1",
     "cpu-rmt": "qa1",
+    "cpu-rmt-projection": "qa1",
+    "cpu-neural": "qa1",
     "cpu-llama": "qa1",
     "cpu-full": "qa1",
     "cpu-hours": "qa1-5",
@@ -91,6 +101,8 @@ RECIPE_OF: dict[str, str] = {
     "gpu-full": "qa1-10",
     "text": "text",
     "text-rmt": "text",
+    "text-rmt-projection": "text",
+    "text-neural": "text",
     "text-llama": "text",
     "text-deeper": "text",
     "text-full": "text",

@@ -136,7 +136,7 @@ class MemoryLast(lm2.Block):
         x = x + self.attention.next_tokens(self.attention_norm(x), rope, cache)
         x = x + self.feed_forward(self.ffn_norm(x))
         if self.memory is not None:
-            x = x + self.memory.next_tokens(x, cache)
+            x = x + self.memory.next_tokens(x, cache.prepared)
         return x
 
 
@@ -160,7 +160,7 @@ class MemoryFirst(lm2.Block):
         block_input = x
         x = x + self.attention.next_tokens(self.attention_norm(x), rope, cache)
         if self.memory is not None:
-            x = x + self.memory.next_tokens(block_input, cache)
+            x = x + self.memory.next_tokens(block_input, cache.prepared)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -235,21 +235,21 @@ ROWS: dict[str, Row] = {
 @contextmanager
 def changed(row: Row) -> Iterator[None]:
     """Within this block models are built from the classes of the row, with its initial weights."""
-    before = (lm2.Memory, lm2.Block, lm2.LM2)
+    before = (lm2.MEMORIES["lm2"], lm2.Block, lm2.LM2)
 
     class Started(lm2.LM2):
         def __init__(self, cfg: lm2.LM2Config):
             super().__init__(cfg)
             row.start(self)
 
-    lm2.Memory = row.memory
+    lm2.MEMORIES["lm2"] = row.memory
     lm2.Block = row.block
     if row.start is not None:
         lm2.LM2 = Started
     try:
         yield
     finally:
-        lm2.Memory, lm2.Block, lm2.LM2 = before
+        lm2.MEMORIES["lm2"], lm2.Block, lm2.LM2 = before
 
 
 def measure(name: str, seed: int, lengths: list[str], n: int, flags: str) -> dict:

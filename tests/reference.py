@@ -138,6 +138,51 @@ def memory(w, cfg, at, xs, bank):
     return read, after
 
 
+def neural_memory(w, cfg, at, xs, bank):
+    """The same for the memory of Titans: `bank` has the maps W of all heads, and their momentum."""
+    width = cfg.n_embd // cfg.n_mem_head
+
+    def project(name, x, h):
+        return times(w[at + f"memory.{name}.weight"][h * width : (h + 1) * width], x)
+
+    def gate(name, x, h):
+        row = w[at + f"memory.{name}.weight"][h]
+        return sigmoid((row * x).sum() + w[at + f"memory.{name}.bias"][h])
+
+    def unit(x):
+        return x / torch.sqrt((x * x).sum())
+
+    E = [rms_norm(x, w[at + "memory.token_norm.weight"], cfg.norm_eps) for x in xs]
+    maps, momenta = bank
+    read = []
+    for e in E:
+        heads = []
+        for h in range(cfg.n_mem_head):
+            found = times(maps[h], unit(project("wq", e, h)))
+            heads.append(rms_norm(found, w[at + "memory.read_norm.weight"], cfg.norm_eps))
+        let_through = times(w[at + "memory.w_gate.weight"], e) + w[at + "memory.w_gate.bias"]
+        gated = sigmoid(let_through) * torch.cat(heads)
+        read.append(times(w[at + "memory.wo.weight"], gated))
+
+    mean = sum(E) / len(E)
+    maps_after = []
+    momenta_after = []
+    for h in range(cfg.n_mem_head):
+        rates = [gate("w_rate", e, h) for e in E]
+        keys = [unit(project("wk", e, h)) for e in E]
+        size = sum(r * key[:, None] * key[None] for r, key in zip(rates, keys, strict=True))
+        longest = torch.sqrt((size * size).sum())
+        if longest > 1:
+            rates = [rate / longest for rate in rates]
+        momentum = gate("w_momentum", mean, h) * momenta[h]  # Eq. (14)
+        for e, key, rate in zip(E, keys, rates, strict=True):
+            error = times(maps[h], key) - project("wv", e, h)
+            momentum = momentum - rate * error[:, None] * key[None]  # the gradient of Eq. (12)
+        momenta_after.append(momentum)
+        maps_after.append((1 - gate("w_decay", mean, h)) * maps[h] + momentum)  # Eq. (13)
+    return read, [torch.stack(maps_after), torch.stack(momenta_after)]
+
+
 def mlp(w, cfg, at, x):
     e = rms_norm(x, w[at + "ffn_norm.weight"], cfg.norm_eps)
     a = times(w[at + "feed_forward.w1.weight"], e)
@@ -147,12 +192,16 @@ def mlp(w, cfg, at, x):
 
 def document_logits(w, cfg, ids):
     """The logits of every token, a list of (V) vectors, and what the last segment found: for each
-    block with a memory a bank of N vectors, or of an RMT one list of K memory vectors."""
-    one_hot = torch.eye(cfg.n_embd, dtype=torch.float64)
-    banks = []
-    for layer in range(cfg.n_layer):
-        has_memory = layer in cfg.mem_blocks
-        banks.append([one_hot[n] for n in range(cfg.n_slot)] if has_memory else None)
+    block with a memory a bank, a list of tensors, or of an RMT one list of K memory vectors."""
+    if cfg.memory_kind == "neural":
+        width = cfg.n_embd // cfg.n_mem_head
+        nothing = torch.zeros(cfg.n_mem_head, width, width, dtype=torch.float64)
+        first_bank = [nothing, nothing]
+        read_and_write = neural_memory
+    else:
+        first_bank = list(torch.eye(cfg.n_embd, dtype=torch.float64)[: cfg.n_slot])
+        read_and_write = memory
+    banks = [first_bank if layer in cfg.mem_blocks else None for layer in range(cfg.n_layer)]
     tokens = list(w["mem_tokens"]) if cfg.n_mem_token else []  # the memory of an RMT
     segments = [ids[i : i + cfg.segment_len] for i in range(0, len(ids), cfg.segment_len)]
     logits = []
@@ -165,7 +214,7 @@ def document_logits(w, cfg, ids):
             at = f"layers.{layer}."
             xs = [x + h for x, h in zip(xs, self_attention(w, cfg, at, xs), strict=True)]
             if banks[layer] is not None:
-                read, after = memory(w, cfg, at, xs, banks[layer])
+                read, after = read_and_write(w, cfg, at, xs, banks[layer])
                 xs = [x + r for x, r in zip(xs, read, strict=True)]
                 if not is_last:
                     banks[layer] = after
@@ -176,6 +225,8 @@ def document_logits(w, cfg, ids):
         logits += [times(head, x) for x in xs[first : first + len(segment)]]
         if tokens and not is_last:
             tokens = xs[-len(tokens) :]
+            if cfg.mem_projection:
+                tokens = [times(w["mem_projection.weight"], x) for x in tokens]
     if tokens:
         return logits, [tokens]
     return logits, [bank for bank in banks if bank is not None]

@@ -112,7 +112,7 @@ def test_every_variant_but_those_of_the_curriculum_gives_other_logits_than_the_d
         if torch.allclose(logits, of_default):
             same.append(name)
     assert same == ["default", "up to 16 segments", "up to 64 segments"]
-    assert lm2.Memory is ablation.Row().memory
+    assert lm2.MEMORIES["lm2"] is ablation.Row().memory
     assert lm2.Block is ablation.Row().block
     assert lm2.LM2.__name__ == "LM2"
 

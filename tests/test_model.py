@@ -7,11 +7,13 @@ score is moved off its start, so that nothing holds only because something is ze
 """
 
 import copy
+import hashlib
 import io
+import itertools
 import math
 import random
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import bench
+import lm2
 import reference
 from data.recipes import PRESETS
 from data.tokenizer import load, of_checkpoint
@@ -27,6 +30,7 @@ from lm2 import (
     LM2,
     RMT,
     LM2Config,
+    NeuralMemory,
     State,
     build_model,
     load_checkpoint,
@@ -63,11 +67,14 @@ KINDS = {
     "memory in one block": dict(mem_blocks=(1,)),
     "llama": dict(n_mem_layer=0),
     "rmt": dict(n_mem_token=K),
+    "neural": dict(memory_kind="neural"),
+    "rmt with a projection": dict(n_mem_token=K, mem_projection=True),
+    "the readme's own": dict(memory_kind="averages"),
 }
 
-all_four = pytest.mark.parametrize("kind", KINDS)
-every_kind = pytest.mark.parametrize("kind", ["lm2", "llama", "rmt"])
-with_memory = pytest.mark.parametrize("kind", ["lm2", "rmt"])
+all_kinds = pytest.mark.parametrize("kind", KINDS)
+every_kind = pytest.mark.parametrize("kind", ["lm2", "llama", *list(KINDS)[3:]])
+with_memory = pytest.mark.parametrize("kind", ["lm2", *list(KINDS)[3:]])
 
 
 def build(kind="lm2", seed=0, dtype=torch.float64, **changes):
@@ -190,7 +197,7 @@ def test_the_zeros_that_make_narrow_heads_fast_in_long_segments_change_nothing()
 # Whole = streamed
 
 
-@all_four
+@all_kinds
 @pytest.mark.parametrize("segment_len", [S, 3])
 @torch.no_grad()
 def test_calls_that_end_anywhere_give_the_logits_and_the_state_of_one_call(kind, segment_len):
@@ -251,11 +258,11 @@ def test_read_goes_through_a_document_in_calls_of_a_number_of_segments(monkeypat
     assert seen == []
 
 
-@all_four
+@all_kinds
 @pytest.mark.parametrize("segment_len", [S, 3])
 @torch.no_grad()
 def test_generated_tokens_are_the_likeliest_when_all_is_scored_in_one_pass(kind, segment_len):
-    model = build(kind, seed=3)
+    model = build(kind, seed=8)
     seen = set()
     for length in (1, S - 1, S, S + 1, 2 * S + 2):
         idx = text(3, length)
@@ -557,7 +564,9 @@ def test_with_equal_scores_a_slot_leaves_two_fifths_unwritten_at_any_segment_len
 
 
 @pytest.mark.parametrize("length", [2, 10])
-@pytest.mark.parametrize("kind", ["lm2", "memory in one block", "rmt"])
+@pytest.mark.parametrize(
+    "kind", ["lm2", "memory in one block", "rmt", "neural", "rmt with a projection"]
+)
 def test_values_and_gradients_are_those_of_the_equations_in_plain_loops(kind, length):
     sizes = dict(vocab_size=11, n_head=2, n_kv_head=1, n_embd=8, ffn_dim=5, segment_len=3)
     model = build(kind, n_slot=5, **sizes)
@@ -579,6 +588,109 @@ def test_values_and_gradients_are_those_of_the_equations_in_plain_loops(kind, le
             assert b.abs().max() > 1e-6, name
         if a is not None:
             near(a, b)
+
+
+def neural_memory(momentum=0.0, decay=0.0):
+    """A memory of the kind "neural" with these biases of its gates, and a bank of two documents."""
+    torch.manual_seed(3)
+    memory = NeuralMemory(LM2Config(**SMALL | dict(memory_kind="neural"))).double()
+    M = torch.randn(2, *memory.bank_shape, dtype=torch.float64)
+    with torch.no_grad():
+        memory.w_momentum.bias.fill_(momentum)
+        memory.w_decay.bias.fill_(decay)
+        memory.w_rate.bias.fill_(1.0)  # long steps, so that some are shortened
+    return memory, M
+
+
+def keys_values_and_rates(memory, x):
+    """(B, HM, S, D/HM), the same, and (B, HM, S): written anew."""
+    E = memory.token_norm(x)
+    keys = F.normalize(memory.heads(memory.wk(E)), dim=-1)
+    rates = torch.sigmoid(memory.w_rate(E)).mT
+    for b, h in itertools.product(range(2), range(2)):
+        outer = torch.einsum("s,si,sj->ij", rates[b, h], keys[b, h], keys[b, h])
+        rates[b, h] /= max(1.0, outer.square().sum().sqrt().item())
+    return keys, memory.heads(memory.wv(E)), rates
+
+
+@torch.no_grad()
+def test_a_neural_memory_takes_the_gradient_that_autograd_finds():
+    memory, M = neural_memory(momentum=-100.0, decay=-100.0)  # neither momentum nor forgetting
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    keys, values, rates = keys_values_and_rates(memory, x)
+    W = M[:, 0].clone().requires_grad_()
+    with torch.enable_grad():
+        squares = (keys @ W.mT - values).square().sum(dim=-1)  # (B, HM, S)
+        (gradient,) = torch.autograd.grad((rates * squares / 2).sum(), W)
+    near(memory.write_segment(x, M)[:, 0], W - gradient)
+
+
+@torch.no_grad()
+def test_without_momentum_and_forgetting_a_token_a_segment_is_the_delta_rule():
+    memory, M = neural_memory(momentum=-100.0, decay=-100.0)
+    x = torch.randn(2, 1, 16, dtype=torch.float64)
+    keys, values, rates = keys_values_and_rates(memory, x)
+    W = M[:, 0]
+    key = keys[:, :, 0, :, None]  # (B, HM, D/HM, 1): a column
+    value = values[:, :, 0, :, None]
+    expected = W + rates[..., None] * (value - W @ key) @ key.mT
+    near(memory.write_segment(x, M)[:, 0], expected)
+
+
+@torch.no_grad()
+def test_what_a_neural_memory_writes_first_is_linear_attention():
+    memory, _ = neural_memory()
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    keys, values, rates = keys_values_and_rates(memory, x)
+    nothing = memory.first_bank().double().expand(2, -1, -1, -1, -1)
+    W = memory.write_segment(x, nothing)[:, 0]
+    query = torch.randn(8, dtype=torch.float64)
+    weights = rates * (keys @ query)  # (B, HM, S): no softmax
+    near(W @ query, (weights[..., None] * values).sum(dim=2))
+
+
+@torch.no_grad()
+def test_a_step_of_a_neural_memory_never_goes_beyond_the_values_however_alike_the_tokens_are():
+    memory, M = neural_memory(momentum=-100.0, decay=-100.0)
+    memory.w_rate.bias.fill_(100.0)  # every rate is 1
+    x = torch.randn(2, 1, 16, dtype=torch.float64).expand(-1, 50, -1)  # one token 50 times
+    keys, values, _ = keys_values_and_rates(memory, x)
+    key = keys[:, :, 0, :, None]
+    value = values[:, :, 0, :, None]
+    before = (M[:, 0] @ key - value).norm(dim=2)
+    after = (memory.write_segment(x, M)[:, 0] @ key - value).norm(dim=2)
+    assert (after < 1e-6 * before).all()  # it goes all the way, and without a limit 50 times as far
+
+
+@torch.no_grad()
+def test_the_keys_of_a_neural_memory_do_not_start_alike():
+    model = build_model(LM2Config(vocab_size=500, n_layer=1, n_embd=64, memory_kind="neural"))
+    keys, *_ = model.layers[0].memory.lessons(model.tok_embeddings.weight[None, None])
+    alike = keys[0, 0] @ keys[0, 0].mT  # (HM, 500, 500) cosines
+    assert alike.mean().abs() < 0.05
+
+
+@pytest.mark.parametrize("kind", lm2.MEMORIES)
+def test_every_kind_of_memory_can_be_compiled(kind):
+    model = build(dtype=torch.float32, memory_kind=kind)
+    fast = copy.deepcopy(model)
+    compile_blocks(fast, backend="eager")
+    idx = text(2, 3 * S + 2)
+    near(fast(idx)[0], model(idx)[0], 1e-5)
+    torch.compiler.reset()
+
+
+def test_a_state_from_before_there_were_kinds_of_memory_is_still_that_of_its_model():
+    """The digest of the sizes that there were then, and of the weights."""
+    model = build(seed=4)
+    sizes = asdict(model.cfg)
+    del sizes["memory_kind"], sizes["mem_projection"]
+    digest = hashlib.blake2b(str(sizes).encode(), digest_size=16)
+    for weight in model.state_dict().values():
+        digest.update(weight.flatten().view(torch.uint8).numpy())
+    assert lm2.fingerprint(model) == digest.hexdigest()
+    other = build(seed=4, memory_kind="averages")
+    assert lm2.fingerprint(other) != lm2.fingerprint(model)
 
 
 @torch.no_grad()
@@ -832,7 +944,7 @@ def test_bfloat16_autocast_trains_through_segments_with_a_float32_bank(kind):
         logits, loss, state = model(idx[:, :-1], idx[:, 1:])
     loss.backward()
     assert logits.dtype == torch.bfloat16
-    assert kind == "rmt" or {bank.dtype for bank in banks(state)} == {torch.float32}
+    assert kind.startswith("rmt") or {bank.dtype for bank in banks(state)} == {torch.float32}
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
     near(loss, model(idx[:, :-1], idx[:, 1:])[1], 0.05)
@@ -1033,9 +1145,9 @@ def test_the_papers_preset_has_the_papers_size():
 @pytest.mark.parametrize(
     "name, equals",
     [
-        ("cpu", ("rmt", "llama", "full")),
+        ("cpu", ("rmt", "rmt-projection", "neural", "llama", "full")),
         ("cpu-hours", ("rmt", "llama")),
-        ("text", ("rmt", "llama", "full")),
+        ("text", ("rmt", "rmt-projection", "neural", "llama", "full")),
     ],
 )
 def test_the_presets_to_compare_have_as_many_parameters(name, equals):
@@ -1094,6 +1206,9 @@ def test_a_checkpoint_gives_the_same_model_back(tmp_path, kind):
         (dict(mem_blocks=(0,), n_mem_token=2), "n_mem_token 2 and n_mem_layer 1"),
         (dict(n_mem_token=-1), "n_mem_token -1"),
         (dict(n_mem_token=2, n_mem_layer=1), "n_mem_token 2 and n_mem_layer 1"),
+        (dict(memory_kind="ema"), "no memory_kind ema: choose one of lm2, neural"),
+        (dict(mem_projection=True), "mem_projection is for an RMT"),
+        (dict(memory_kind="neural", n_mem_layer=0), "memory_kind neural without a block"),
         (dict(rope_theta=0.0), "rope_theta 0.0"),
         (dict(norm_eps=0.0), "norm_eps 0.0"),
         (

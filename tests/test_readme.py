@@ -21,10 +21,12 @@ def test_the_line_of_the_transposed_attention_is_linked():
 
 
 def test_the_table_of_differences_has_a_row_for_each_tag_in_the_code():
+    code = "\n".join(CODE)
+    of_titans = code[code.index("class NeuralMemory") : code.index("# The kinds of memory")]
     n_tags = 0
-    for line in CODE:
+    for line in code.replace(of_titans, "").splitlines():
         n_tags += len(re.findall("differs from paper: |paper silent: ", line))
-    section = README.split("## What differs from the paper")[1].split("\n## ")[0]
+    section = README.split("## What differs from the paper")[1].split("\n##")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + n_tags  # and the head of the table
 
