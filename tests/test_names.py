@@ -174,7 +174,7 @@ def test_no_lesson_has_a_word_that_is_held_out_and_few_have_own_names(make):
     many = Lessons(builder, RENAMED, 8, 4096, plain=0.2, n_asides=3, seed=0)
     words = []
     for stage in stages:
-        for number in range(80):
+        for number in range(40):
             documents = many.documents(stage, number, stage.segments)
             for document in documents:
                 words += words_of(texts_of(document))
