@@ -56,7 +56,7 @@ from data.document import length_name  # noqa: E402
 from data.lessons import Batch, Stage, parse_stage  # noqa: E402
 from data.recipes import PRESETS  # noqa: E402
 from data.tokenizer import load  # noqa: E402
-from lm2 import LM2, LM2Config  # noqa: E402
+from lm2 import LM2, RMT, LM2Config, build_model  # noqa: E402
 from train import compile_blocks  # noqa: E402
 
 QUICK = dict(
@@ -114,6 +114,7 @@ class Setup:
     rounds: int  # how often each measurement is made
     compile: bool  # training steps are compiled
     quick: bool  # sizes are tiny
+    preset: str = "cpu"  # of the model that reads and generates on a CPU
 
     @property
     def on_cuda(self) -> bool:
@@ -156,14 +157,14 @@ class Setup:
 
         return step
 
-    def reader(self) -> LM2:
-        """The model that reads and generates. It is the default model, on CUDA that of the training
-        steps."""
+    def reader(self) -> LM2 | RMT:
+        """The model that reads and generates: on a CPU that of the preset, on CUDA that of the
+        training steps."""
         torch.manual_seed(0)
         if self.on_cuda:
             model = LM2(self.cfg).to(self.device, torch.bfloat16)
         else:
-            model = LM2(LM2Config(**PRESETS["cpu"])).to(self.device)
+            model = build_model(LM2Config(**PRESETS[self.preset])).to(self.device)
         return model.eval()
 
     def document(self, length: int) -> Tensor:
@@ -287,8 +288,8 @@ class Contender(NamedTuple):
 
 
 def contenders(setup: Setup, others: bool = False) -> dict[str, Contender]:
-    """LM2 and a Llama with the same window. With `others` there are further Llamas. All of them
-    train on the same B x T tokens, each of which has a target."""
+    """LM2 and a Llama with the same window. With `others` there are other memories and further
+    Llamas. All of them train on the same B x T tokens, each of which has a target."""
     torch.manual_seed(0)
     cfg = setup.cfg
     ids = torch.randint(cfg.vocab_size, (setup.rows, setup.tokens + 1), device=setup.device)
@@ -299,7 +300,7 @@ def contenders(setup: Setup, others: bool = False) -> dict[str, Contender]:
     full = replace(window, segment_len=setup.tokens)
 
     def ours(sizes: LM2Config) -> Contender:
-        model = LM2(sizes).to(setup.device).train()
+        model = build_model(sizes).to(setup.device).train()
 
         def loss_of() -> Tensor:
             _, loss, _ = model(x, y)
@@ -318,6 +319,10 @@ def contenders(setup: Setup, others: bool = False) -> dict[str, Contender]:
 
     found = {"LM2": ours(cfg), "Llama": ours(window)}
     if others:
+        found["neural memory"] = ours(replace(cfg, memory_kind="neural"))
+        rmt = replace(window, n_mem_token=16)
+        found["RMT"] = ours(rmt)
+        found["RMT, projection"] = ours(replace(rmt, mem_projection=True))
         found["Llama, full"] = ours(full)
         found["plain PyTorch"] = theirs(PlainLlama(window), segments)
         try:
@@ -335,7 +340,7 @@ def warm_up(setup: Setup, found: dict[str, Contender]) -> tuple[dict[str, Step],
         # PyTorch limits recompilations, and would count those of an earlier part.
         torch.compiler.reset()
         for contender in found.values():
-            if isinstance(contender.model, LM2):
+            if isinstance(contender.model, LM2 | RMT):
                 compile_blocks(contender.model)
             else:
                 contender.model.compile()
@@ -424,6 +429,9 @@ def train_steps(setup: Setup) -> dict:
     ratios = {}
     for a, b in (
         ("LM2", "Llama"),
+        ("neural memory", "Llama"),
+        ("RMT", "Llama"),
+        ("RMT, projection", "Llama"),
         ("Llama", "plain PyTorch"),
         ("Llama", "transformers"),
         ("Llama, full", "transformers, full"),
@@ -530,6 +538,7 @@ def read_in_a_process_of_its_own(setup: Setup, length: int) -> tuple[int, int]:
     measure two."""
     command = [sys.executable, __file__, "--read_alone", str(length)]
     command += ["--device", str(setup.device), "--threads", str(torch.get_num_threads())]
+    command += ["--preset", setup.preset]
     if setup.quick:
         command.append("--quick")
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
@@ -744,6 +753,13 @@ def main(argv: list[str] | None = None) -> None:
         help="Compile the training steps of train, products and --profile (default off).",
     )
     add(
+        "--preset",
+        default="cpu",
+        choices=PRESETS,
+        metavar="PRESET",
+        help="On a CPU the model of this preset reads and generates (default cpu).",
+    )
+    add(
         "--device",
         default="auto",
         help="Compute on this device, cpu or cuda; auto takes CUDA if there is one (default auto).",
@@ -775,7 +791,7 @@ def main(argv: list[str] | None = None) -> None:
             torch.set_num_threads(args.threads)
         sizes, rows, tokens = STEPS["quick" if args.quick else device.type]
         cfg = LM2Config(**sizes)
-        setup = Setup(device, cfg, rows, tokens, rounds, args.compile, args.quick)
+        setup = Setup(device, cfg, rows, tokens, rounds, args.compile, args.quick, args.preset)
         if args.read_alone:
             print(json.dumps(read_alone(setup, args.read_alone)))
             return
