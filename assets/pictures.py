@@ -7,6 +7,7 @@
     python assets/pictures.py inside out/inside.json --out out/inside.png
     python assets/pictures.py text --figures out/text.json --out out/text.png
     python assets/pictures.py text --curves lm2=out/metrics.jsonl --out out/curves.png
+    python assets/pictures.py pairs assets/pairs.json --out assets/pairs.png
 
 Writes the picture to --out, a .png, .pdf or .svg. Needs matplotlib: pip install -e ".[pictures]".
 
@@ -15,7 +16,7 @@ Fig. 3. Models with the names NAME-0, NAME-1 and so on are seeds of one line. `r
 draw the memory on one document, a BABILong sample or --text. See assets/heatmaps.py for how to read
 them. `inside` draws what assets/inside.py measured on many documents, and tells how to read it.
 `text` draws what assets/text.py measured of models of plain text, and the losses of their training,
-which train.py wrote to metrics.jsonl.
+which train.py wrote to metrics.jsonl. `pairs` draws what assets/pairs.py measured.
 """
 
 import argparse
@@ -445,6 +446,44 @@ def draw_text(fig, args: argparse.Namespace) -> None:
         fig.suptitle(f"{models[0]['documents']} documents for validation", fontsize=10)
 
 
+def load_pairs(path: str) -> list[dict]:
+    """The rows of a file of assets/pairs.py. ValueError for another file."""
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        for row in rows:
+            row["right"] = {int(n): float(right) for n, right in row["right"].items()}
+            row["memory"], row["state"], row["steps"], row["lr"]  # they have to be there
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is no file of assets/pairs.py: name another") from None
+    if not rows:
+        raise ValueError(f"{path} holds no rows: run assets/pairs.py again")
+    return rows
+
+
+def draw_pairs(fig, rows: list[dict]) -> None:
+    """Draw the share of right answers against the number of pairs: a line for each memory, with the
+    learning rate that is best for it."""
+    best = {}
+    for row in rows:
+        name = row["memory"]
+        if name not in best or sum(row["right"].values()) > sum(best[name]["right"].values()):
+            best[name] = row
+    ax = fig.subplots()
+    for row, style in zip(best.values(), STYLES, strict=False):
+        numbers = list(row["right"])
+        right = [100 * share for share in row["right"].values()]
+        ax.plot(numbers, right, label=row["memory"], **style)
+    ax.plot(numbers, [100 / n for n in numbers], label="floor", **AVERAGE)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(numbers, [str(n) for n in numbers])
+    ax.set_xlabel("pairs of a key and a value in the document")
+    ax.set_ylabel("values asked back that are right (%)")
+    ax.set_ylim(-2, 102)
+    ax.grid(axis="y", color="0.9")
+    ax.legend(frameon=False)
+    fig.suptitle(f"What a memory holds, after {rows[0]['steps']:,} steps of training")
+
+
 def document(tokenizer: Tokenizer, args: argparse.Namespace) -> Document:
     """The document of the flags: a BABILong sample, or --text with its last sentence as the
     question."""
@@ -561,6 +600,13 @@ def main(argv: list[str] | None = None) -> None:
         metavar="NAME=PATH",
         help="The metrics.jsonl of runs of train.py on plain text, as PATH or NAME=PATH.",
     )
+
+    pairs = add_picture(
+        "pairs",
+        lambda fig, args: draw_pairs(fig, load_pairs(args.figures)),
+        "how many pairs of key and value each memory holds",
+    )
+    pairs.add_argument("figures", metavar="FILE", help="A file that assets/pairs.py --out wrote.")
 
     args = parser.parse_args(argv)
     with one_line(f"python assets/pictures.py {args.picture}"):
