@@ -35,6 +35,7 @@ Where the paper is silent or its shapes do not fit, a comment begins with `paper
 
 import functools
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -76,7 +77,7 @@ class LM2Config:
 
     @property
     def kind(self) -> str:
-        """What these sizes describe: "lm2", "rmt" or "llama"."""
+        """What these sizes describe: "rmt", "llama", or "lm2" for banks of any `memory_kind`."""
         if self.n_mem_layer:
             return "lm2"
         return "rmt" if self.n_mem_token else "llama"
@@ -132,9 +133,10 @@ class LM2Config:
                 f"n_slot {self.n_slot} is more than n_embd {self.n_embd}: slots start as rows of "
                 "the identity, and slots that start alike stay alike"
             )
-        if self.rope_theta <= 0 or self.norm_eps <= 0:
+        if not 0 < self.rope_theta < 1e300 or not 0 < self.norm_eps < 1:
             raise ValueError(
-                f"rope_theta {self.rope_theta} and norm_eps {self.norm_eps} must be above 0"
+                f"rope_theta {self.rope_theta} must be above 0, and norm_eps {self.norm_eps} "
+                "between 0 and 1"
             )
         if self.rope_scaling is not None:
             needed = "factor low_freq_factor high_freq_factor original_max_position_embeddings"
@@ -143,6 +145,8 @@ class LM2Config:
                     raise ValueError(f"rope_scaling lacks {name}: it needs {needed}")
             low = self.rope_scaling["low_freq_factor"]
             high = self.rope_scaling["high_freq_factor"]
+            if not self.rope_scaling["factor"] > 0:
+                raise ValueError(f"rope_scaling: factor {self.rope_scaling['factor']} must be > 0")
             if not low < high:
                 raise ValueError(
                     f"rope_scaling: low_freq_factor {low} must be below high_freq_factor {high}"
@@ -329,22 +333,27 @@ class BlockMemory(nn.Module):
         write_segment(x, M)       the tokens x (B, S, D) of a full segment and the bank M that it
                                   finds, (B, *bank_shape) -> the bank that the next segment finds
 
-    x is the residual stream after self-attention, as it is: most kinds take its norm first. Each
-    token reads alone, since a stream gives one token at a time. M stays as it is, since a state may
-    be continued twice. Its dtype is at least float32.
+    x is the residual stream after self-attention, as it is: most kinds take its norm first. The
+    dtype of M is at least float32.
 
-    `forward`, `prepare` and `next_tokens` are made of these. A kind may have faster ones of its own
-    in place of read_segments and write_segment. The parameters start as `Decoder.init_weights`
-    tells."""
+    There are two rules. In read_segments, the result of a token depends on that token and on the
+    bank alone, because generation gives one token at a time. And write_segment returns a new bank
+    and never changes M in place, because a state may be continued twice.
+
+    The matrix whose result is added to x is called `wo`, or `into_stream` names it: it starts
+    small. All parameters start as `Decoder.init_weights` tells.
+
+    `forward`, `prepare` and `next_tokens` call read_segments and write_segment. A kind that
+    overrides all three, as Memory does, needs neither of the two."""
 
     bank_shape: tuple[int, ...]
-    into_stream: tuple[str, ...] = ("wo",)  # the matrices whose results are added to the stream
+    into_stream: tuple[str, ...] = ("wo",)  # with zeros in these, the memory adds nothing
     gates: tuple[str, ...] = ()  # the parameters that --gate_lr of train.py is for
     parts: tuple[str, ...] = ("read_segments", "write_segment")  # what --compile compiles
 
     def forward(self, x: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, G, S, D) and the bank M that the first segment finds -> what is added to x, and the
-        bank that the last segment finds. The last segment stays open: it is not written."""
+        bank that the last segment finds. The last segment stays open: it does not write."""
         banks = [M]
         for full_segment in x[:, :-1].unbind(1):
             M = self.write_segment(full_segment, M).to(M.dtype)
@@ -362,13 +371,13 @@ class BlockMemory(nn.Module):
     def start(self, shared: Tensor) -> None:
         """Set the parameters that shall not start as `Decoder.init_weights` tells.
 
-        shared  the vector (D) that `start_as_a_copier` has added to all embeddings"""
+        shared  one random vector (D) that is part of every embedding, see `start_as_a_copier`"""
 
 
 class Memory(BlockMemory):
     """LM2's memory (paper, section 2): tokens read its slots, segments write them."""
 
-    into_stream = ("wv",)
+    into_stream = ("wv",)  # E_gated is a mixture of its results, times a gate
     gates = ("w_in", "w_out", "w_forget", "null")
     parts = ("queries", "candidates", "write", "keys_and_values", "read")
 
@@ -489,21 +498,28 @@ class Memory(BlockMemory):
 
 
 class NeuralMemory(BlockMemory):
-    """The long-term memory of Titans (arXiv 2501.00663, section 3). What learns is a matrix W in
-    each head, which maps a token's key to its value.
+    """The long-term memory of Titans (arXiv 2501.00663, section 3). It learns while it reads.
 
-    The loss of a token is |W k - v|^2 / 2. To write a segment is one step of gradient descent on
-    it, with momentum and forgetting:
+    Each head has a matrix W that maps a token's key to its value. W is no parameter: it is part of
+    the bank, and it is 0 where a document begins. Training learns what makes keys, values, queries
+    and steps. A token with the query q reads W q.
 
-        gradient = sum over tokens of rate * (W k - v) k^T, with the W that the segment finds
-        momentum = g_momentum * momentum - gradient          Eq. (14), the paper's S_t
+    The loss of a token is |W k - v|^2 / 2. A full segment makes one step of gradient descent on the
+    sum of these losses, each times the rate of its token, with momentum and forgetting (g_decay):
+
+        step     = sum over tokens of rate * (W k - v) k^T, with the W that the segment finds
+        momentum = g_momentum * momentum - step              Eq. (14), the paper's S_t
         W        = (1 - g_decay) * W + momentum              Eq. (13)
 
-    Without momentum and forgetting, in segments of one token, this is the delta rule. Without W k
-    it would be linear attention, which adds v k^T. To a W of zeros both add the same."""
+    Two rules are close relatives. Both have no momentum and forget nothing:
+
+        delta rule        W + rate * (v - W k) k^T    this class, in segments of one token
+        linear attention  W + rate * v k^T            nothing is corrected, as W k is left out
+
+    Where W is 0, the two do the same."""
 
     gates = ("w_rate", "w_momentum", "w_decay", "w_gate")
-    parts = ("lessons", "update", "read_segments")
+    parts = ("step_inputs", "update", "read_segments")
 
     def __init__(self, cfg: LM2Config):
         super().__init__()
@@ -524,10 +540,10 @@ class NeuralMemory(BlockMemory):
         self.segment_len = cfg.segment_len
 
     def start(self, shared: Tensor) -> None:
-        """Set where the gates start, and make keys, values and queries blind to the shared vector.
-        Otherwise the keys of all tokens would start with nearly the same direction."""
-        # paper silent: where the gates start. A token's rate starts near 1/S, so that a segment
-        # makes about one full step, momentum near 0.12 and forgetting near 0.02.
+        """Set where the gates start. Keys, values and queries start without what all embeddings
+        share, because otherwise all keys would have nearly the same direction."""
+        # paper silent: where the gates start. A token's rate starts near 1/S, so that the rates of
+        # a segment add up to about 1. Momentum starts near 0.12 and forgetting near 0.02.
         self.w_rate.bias.fill_(-math.log(self.segment_len))
         self.w_momentum.bias.fill_(-2.0)
         self.w_decay.bias.fill_(-4.0)
@@ -544,17 +560,19 @@ class NeuralMemory(BlockMemory):
         return torch.zeros(self.bank_shape)
 
     def forward(self, x: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
-        """As in BlockMemory. But only the update is made segment by segment."""
-        lessons = self.lessons(self.token_norm(x[:, :-1]))
+        """As in BlockMemory. Keys, values and gates of all segments are made at once, and then one
+        step after the other."""
+        inputs = self.step_inputs(self.token_norm(x[:, :-1]))
         banks = [M]
-        for lesson in zip(*(part.unbind(1) for part in lessons), strict=True):
-            M = self.update(M, *lesson)
+        for of_segment in zip(*(part.unbind(1) for part in inputs), strict=True):
+            M = self.update(M, *of_segment)
             banks.append(M)
         return self.read_segments(x, torch.stack(banks, dim=1)), M
 
-    def lessons(self, E: Tensor) -> tuple[Tensor, ...]:
-        """What segments teach, from their normalised tokens E (B, G, S, D): keys of length 1 and
-        values (B, G, HM, S, D/HM), rates (B, G, HM, S, 1), momentum and decay (B, G, HM, 1, 1)."""
+    def step_inputs(self, E: Tensor) -> tuple[Tensor, ...]:
+        """What the step of a segment needs, from its normalised tokens E (..., S, D): keys of
+        length 1 and values (..., HM, S, D/HM), rates (..., HM, S, 1), g_momentum and g_decay
+        (..., HM, 1, 1)."""
         precise = torch.promote_types(E.dtype, torch.float32)
         k = F.normalize(self.heads(self.wk(E)).to(precise), dim=-1)
         v = self.heads(self.wv(E)).to(precise)
@@ -568,17 +586,17 @@ class NeuralMemory(BlockMemory):
     def update(
         self, M: Tensor, k: Tensor, v: Tensor, rate: Tensor, g_momentum: Tensor, g_decay: Tensor
     ) -> Tensor:
-        """M (B, 2, HM, D/HM, D/HM) and the lesson of one segment -> the next M."""
+        """M (B, 2, HM, D/HM, D/HM) and the `step_inputs` of one segment -> the next M."""
         with torch.autocast(M.device.type, enabled=False):
             W, momentum = M.unbind(1)  # (B, HM, D/HM, D/HM) each
-            # differs from paper: a step is shortened if it could go beyond the values, as it could
-            # where many keys are alike. The Frobenius norm of sum rate k k^T is at least its
-            # largest eigenvalue, which has to be 1 at most.
-            length = ((rate * k).mT @ k).norm(dim=(-2, -1), keepdim=True)  # (B, HM, 1, 1)
-            rate = rate / length.clamp(min=1)
+            # differs from paper: a step that could overshoot is shortened. Many keys that are alike
+            # would add up to a large one. A step does not overshoot if the largest eigenvalue of
+            # sum rate k k^T is at most 1. The Frobenius norm is never less than that, and cheap.
+            bound = ((rate * k).mT @ k).norm(dim=(-2, -1), keepdim=True)  # (B, HM, 1, 1)
+            rate = rate / bound.clamp(min=1)
             error = k @ W.mT - v  # (B, HM, S, D/HM)
-            gradient = (rate * error).mT @ k
-            momentum = g_momentum * momentum - gradient
+            step = (rate * error).mT @ k
+            momentum = g_momentum * momentum - step
             W = (1 - g_decay) * W + momentum
             return torch.stack((W, momentum), dim=1)
 
@@ -593,9 +611,9 @@ class NeuralMemory(BlockMemory):
         return self.wo(torch.sigmoid(self.w_gate(E)) * y)
 
     def write_segment(self, x: Tensor, M: Tensor) -> Tensor:
-        """x (B, S, D), M (B, 2, HM, D/HM, D/HM) -> the next M."""
-        lesson = self.lessons(self.token_norm(x))
-        return self.update(M, *lesson)
+        """x (B, S, D), M (B, 2, HM, D/HM, D/HM) -> the next M. `forward` does the same for many
+        segments."""
+        return self.update(M, *self.step_inputs(self.token_norm(x)))
 
 
 # The kinds of memory by name, for memory_kind.
@@ -864,9 +882,14 @@ class Decoder(nn.Module):
         of each row, as each call runs the open segment again."""
         self.check_call(idx, None, None)
         state = self.checked_state(idx.shape[0], state, None)
-        if state.open_ids.shape[1] + idx.shape[1] <= state.segment_len:
+        ids = torch.cat((state.open_ids, idx), dim=1)
+        if self.cfg.kind == "llama":
+            # Nothing is ever written. The state only has the ids of its last segment.
+            last_segment = (ids.shape[1] - 1) // state.segment_len * state.segment_len
+            ids = ids[:, last_segment:].clone()
+        if ids.shape[1] <= state.segment_len:
             # Nothing is to be written: the state only gets more open ids, and no block has to run.
-            return State(state.carried, torch.cat((state.open_ids, idx), dim=1), state.segment_len)
+            return State(state.carried, ids, state.segment_len)
         if segments_per_call is None:
             tokens = 4096
             if idx.is_cuda:
@@ -1012,7 +1035,9 @@ class RMT(Decoder):
 
     A memory of `n_mem_token` vectors stands before the tokens of each segment. A full segment has
     the same vectors after its tokens too: their outputs, normed, are the next segment's memory.
-    Attention is causal, so no token sees the vectors after it."""
+    With `mem_projection` a matrix turns these outputs into the memory, since what the last block
+    gives need not look like what the first one takes. Attention is causal, so no token sees the
+    vectors after it."""
 
     def __init__(self, cfg: LM2Config):
         super().__init__(cfg)
@@ -1249,3 +1274,216 @@ def load_state(path: str | Path, model: LM2 | RMT) -> State:
         raise ValueError(f"{path} is no state of this model: {reason}") from None
     device = model.norm.weight.device
     return state.map(lambda tensor: tensor.to(device))
+
+
+# -------------------------------------------------------------------------------------------------
+# Released Llamas
+
+SAFETENSORS_TYPES = dict(
+    F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16
+)
+
+MOST_HEADER = 100_000_000  # bytes, as in the format's own reader
+
+# Hugging Face's names of weights, and Meta's, which are ours.
+META_NAMES = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "model.layers": "layers",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def parse_json(text: bytes, source: str) -> dict:
+    """The object that a text in JSON holds. ValueError names the source of a broken one."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{source} is cut short or no object in JSON")
+    return content
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file in the format safetensors: the size of a header in 8 bytes, the header
+    in JSON, and the bytes of all tensors.
+
+    The file is mapped into RAM: what is not used is not read, and only misaligned tensors are
+    copied. ValueError names a file that is broken, and the tensor in it."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")  # where the bytes of tensors begin
+        if start > min(size, MOST_HEADER):
+            raise ValueError(f"{path.name} is cut short or no safetensors file")
+        header = parse_json(file.read(start - 8), f"the header of {path.name}")
+    content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    tensors = {}
+    for name, about in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype = SAFETENSORS_TYPES.get(about["dtype"])
+            if dtype is None:
+                raise ValueError(f"its dtype {about['dtype']} is unknown here")
+            begin, end = about["data_offsets"]
+            if not 0 <= begin <= end <= size - start:
+                raise ValueError("its bytes lie outside the file")
+            piece = content[start + begin : start + end]
+            if piece.storage_offset() % dtype.itemsize:
+                piece = piece.clone()  # torch cannot view it as this dtype where it lies
+            tensors[name] = piece.view(dtype).view(about["shape"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} in {path.name} is broken: {error}") from None
+    return tensors
+
+
+def read_hugging_face(folder: Path) -> tuple[LM2Config, dict[str, Tensor]]:
+    """The sizes and the weights, by their names here, of a folder in Hugging Face's layout."""
+    found = parse_json((folder / "config.json").read_bytes(), "config.json")
+    heads = found["num_attention_heads"]
+    expected = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False)
+    for name, value in expected.items():
+        if found.get(name, value) != value:
+            raise ValueError(f"its {name} is {found[name]}, but only {value} is known here")
+    if found.get("head_dim") and found["head_dim"] * heads != found["hidden_size"]:
+        width = found["head_dim"]
+        raise ValueError(f"its head_dim {width} times {heads} heads is not its hidden_size")
+    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"its rope_type {kind} is unknown here")
+    cfg = LM2Config(
+        vocab_size=found["vocab_size"],
+        n_layer=found["num_hidden_layers"],
+        n_head=heads,
+        n_kv_head=found.get("num_key_value_heads"),
+        n_embd=found["hidden_size"],
+        ffn_dim=found["intermediate_size"],
+        segment_len=found["max_position_embeddings"],
+        n_mem_layer=0,
+        rope_theta=rope.get("rope_theta", found.get("rope_theta", 10000.0)),
+        rope_scaling=rope if kind == "llama3" else None,
+        norm_eps=found["rms_norm_eps"],
+        tie_embeddings=found.get("tie_word_embeddings", False),
+    )
+    paths = [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and not paths[0].is_file():
+        names = parse_json(index.read_bytes(), index.name)["weight_map"].values()
+        paths = [folder / name for name in sorted(set(names))]
+    weights = {}
+    for path in paths:
+        for their_name, tensor in read_safetensors(path).items():
+            name = their_name
+            for theirs, ours in META_NAMES.items():
+                name = name.replace(f"{theirs}.", f"{ours}.")
+            if name.endswith((".attention.wq.weight", ".attention.wk.weight")):
+                # There all a of a head's RoPE pairs (a, b) come before all b. Here the two of a
+                # pair are neighbours.
+                halves = tensor.unflatten(0, (-1, 2, cfg.n_embd // cfg.n_head // 2))
+                tensor = halves.transpose(1, 2).reshape(tensor.shape)
+            weights[name] = tensor
+    return cfg, weights
+
+
+def read_meta(folder: Path) -> tuple[LM2Config, dict[str, Tensor]]:
+    """The sizes and the weights of a folder in Meta's layout."""
+    found = parse_json((folder / "params.json").read_bytes(), "params.json")
+    path = folder / "consolidated.00.pth"
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError:
+        raise
+    except Exception:  # a broken zip or pickle: torch has no common class for them
+        raise ValueError(f"{path.name} is cut short or no file of weights") from None
+    weights.pop("rope.freqs", None)
+    scaling = None
+    if found.get("use_scaled_rope"):
+        # params.json does not hold the factor. Only the narrow models, 3.2 of 1 B and 3 B, have 32.
+        scaling = dict(
+            factor=32.0 if found["dim"] < 4096 else 8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=8192,
+        )
+    cfg = LM2Config(
+        vocab_size=len(weights["tok_embeddings.weight"]),
+        n_layer=found["n_layers"],
+        n_head=found["n_heads"],
+        n_kv_head=found.get("n_kv_heads"),
+        n_embd=found["dim"],
+        ffn_dim=len(weights["layers.0.feed_forward.w1.weight"]),
+        segment_len=131072 if scaling else 8192,  # the context of Llama 3.1 and later, of Llama 3
+        n_mem_layer=0,
+        rope_theta=found.get("rope_theta", 10000.0),
+        rope_scaling=scaling,
+        norm_eps=found["norm_eps"],
+        tie_embeddings="output.weight" not in weights,
+    )
+    return cfg, weights
+
+
+def load_llama(folder: str | Path) -> LM2:
+    """A released Llama as a model without memory: a folder in the layout of Hugging Face
+    (config.json and safetensors) or of Meta (params.json and consolidated.00.pth).
+
+    The weights keep their dtype and stay in the files, mapped into RAM. But Hugging Face's wq and
+    wk are copied into Meta's order. The segment is as long as the model's context. ValueError, of
+    one line, for a file that is missing or broken, and a tensor that is missing or left over."""
+    folder = Path(folder)
+    is_metas = any((folder / name).is_file() for name in ("params.json", "consolidated.00.pth"))
+    read = read_meta if is_metas else read_hugging_face
+    try:
+        cfg, weights = read(folder)
+        if cfg.tie_embeddings:
+            weights["output.weight"] = weights["tok_embeddings.weight"]
+        with torch.device("meta"):  # weights without storage, which the file's replace
+            model = LM2(cfg)
+        model.load_state_dict(weights, strict=True, assign=True)
+        if cfg.tie_embeddings:
+            model.output.weight = model.tok_embeddings.weight  # `assign` has untied the two
+        return model
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}"
+    except KeyError as error:
+        reason = f"{error} is missing"
+    except (AttributeError, TypeError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+    raise ValueError(
+        f"{folder} holds no Llama that can be read ({reason}): fetch its files again, or name "
+        "another folder"
+    )
+
+
+@torch.no_grad()
+def graft(llama: LM2, cfg: LM2Config) -> LM2:
+    """A model of these sizes in float32, with the weights of a Llama and a new memory.
+
+    At first the memory adds nothing, as the last matrix before the stream is 0 (`into_stream`). So
+    the logits are the Llama's for a text of up to a segment. What the memory adds is P y, with that
+    matrix P. P has a gradient from the first step on, because y is not 0. What makes y has none
+    until P is no longer 0, which is after that step.
+
+    ValueError for a size besides the memory's and segment_len that is not the Llama's."""
+    may_differ = "segment_len n_slot n_mem_head n_mem_layer mem_blocks memory_kind"
+    for name, value in asdict(llama.cfg).items():
+        found = getattr(cfg, name)
+        if found != value and name not in may_differ.split():
+            raise ValueError(f"{name} is {found}, but the Llama has {value}: leave it as it is")
+    model = LM2(cfg)
+    model.load_state_dict(llama.state_dict(), strict=False)  # all but the memory
+    for block in model.layers:
+        if block.memory is not None:
+            for name in block.memory.into_stream:
+                getattr(block.memory, name).weight.zero_()
+    return model

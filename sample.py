@@ -27,10 +27,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import tokenizer as tokenizers
 from data.common import Parser, one_line, pick_device
+from data.llama import holds_llama, open_model
 from data.tokenizer import Tokenizer, was_trained_on_text
-from lm2 import LM2, RMT, State, load_checkpoint, load_state, save_state
+from lm2 import LM2, RMT, State, load_state, save_state
 
 
 def read_text(name: str) -> str:
@@ -80,10 +80,13 @@ def ids_behind(last_id: int | None, text: str, tokenizer: Tokenizer, is_raw: boo
         text = " ".join(text.split())
     if not text:
         return []
-    starts_document = last_id in (None, tokenizer.eot)
+    starts_document = last_id in (None, tokenizer.bos, *tokenizer.ends)
     if not (is_raw and starts_document):
         text = " " + text
-    return tokenizer.encode(text)
+    ids = tokenizer.encode(text)
+    if tokenizer.bos is not None and last_id in tokenizer.ends:
+        ids.insert(0, tokenizer.bos)  # a released model begins a new document
+    return ids
 
 
 def pieces_of(
@@ -154,12 +157,12 @@ def stream_without_memory(
 
 
 def print_stream(stream: Iterator[Tensor], tokenizer: Tokenizer) -> list[int]:
-    """Print a stream as text until an end of text, and return its ids, the end of text included."""
+    """Print a stream as text until a token that ends it. Return its ids, that one included."""
     ids = []
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for new in stream:
         ids.append(new.item())
-        if ids[-1] == tokenizer.eot:
+        if ids[-1] in tokenizer.ends:
             break
         # A character may span tokens: the decoder keeps its bytes until it is complete.
         text = decoder.decode(tokenizer.decode_bytes(ids[-1:]))
@@ -225,13 +228,19 @@ def check_save_state(args) -> None:
     for name in (args.ckpt, args.file):
         if name is not None and path.exists() and Path(name).exists() and path.samefile(name):
             raise ValueError(f"--save_state {path} is the checkpoint or the text: name another")
+    if holds_llama(path.parent):
+        raise ValueError(f"--save_state {path} lies among a model's files: name another folder")
 
 
 def read_flags(argv: list[str] | None):
     """The flags, checked as far as they can be without a file."""
     parser = Parser("sample.py", __doc__.split("\n")[0])
     add = parser.add_argument
-    add("--ckpt", default="out/ckpt.pt", help="The checkpoint of train.py (default out/ckpt.pt).")
+    add(
+        "--ckpt",
+        default="out/ckpt.pt",
+        help="The checkpoint of train.py, or the folder of a released Llama (default out/ckpt.pt).",
+    )
     add("--prompt", default="", help="The text to go on from, read after --file (default: none).")
     add(
         "--file",
@@ -275,7 +284,7 @@ def read_flags(argv: list[str] | None):
         "--raw",
         action="store_true",
         help="Keep line ends and runs of spaces. Without it they become single spaces, as in the "
-        "training stories. A model that was trained on text always keeps them.",
+        "training stories. A model that was trained on text and a released Llama always keep them.",
     )
     add(
         "--save_state",
@@ -309,20 +318,23 @@ def run(args) -> None:
     if args.save_state:
         check_save_state(args)
     device = pick_device(args.device)
-    model, content = load_checkpoint(args.ckpt, device)
+    model, tokenizer, content = open_model(args.ckpt, device)
     model.eval()
-    tokenizer = tokenizers.of_checkpoint(content, args.ckpt)
     learned_text = was_trained_on_text(content)
-    is_raw = args.raw or learned_text
+    is_released = not content
+    is_raw = args.raw or learned_text or is_released
     if args.load_state:
         state = load_state(args.load_state, model)
     else:
         state = model.initial_state(1)
     last_id = last_open_id(state)
     pieces = []  # the ids of each text to read behind the state
-    if learned_text and last_id is None:
-        last_id = tokenizer.eot
-        pieces.append([last_id])
+    first_id = tokenizer.bos
+    if first_id is None and learned_text:
+        first_id = tokenizer.eot
+    if last_id is None and first_id is not None:
+        last_id = first_id
+        pieces.append([first_id])
     pieces += pieces_of(given_texts(args), last_id, tokenizer, is_raw)
     if not pieces and last_id is None and not args.interactive:
         raise ValueError("there is no prompt: give --prompt, --file or text on standard input")

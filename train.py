@@ -36,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -73,6 +73,7 @@ from data.lessons import (
     Stage,
     parse_stages,
 )
+from data.llama import holds_llama, open_model
 from data.loss import measure, ratio, summary
 from data.loss import table as loss_table
 from data.recipes import PRESETS, QA1, RECIPE_OF, RECIPES
@@ -87,7 +88,17 @@ from data.text import (
 )
 from data.tokenizer import Tokenizer, of_checkpoint, was_trained_on_text
 from data.tokenizer import choose as choose_tokenizer
-from lm2 import LM2, MEMORIES, RMT, LM2Config, build_model, load_checkpoint, save_checkpoint
+from lm2 import (
+    LM2,
+    MEMORIES,
+    RMT,
+    LM2Config,
+    build_model,
+    graft,
+    load_checkpoint,
+    load_llama,
+    save_checkpoint,
+)
 
 # -------------------------------------------------------------------------------------------------
 # Configuration
@@ -107,6 +118,7 @@ SAMPLE_TOKENS = 200
 SAMPLE_TEMPERATURE = 0.8
 SAMPLE_SEED = 0
 LOG_NAME = "metrics.jsonl"
+LARGE = 100_000_000  # parameters, from which on a run says how much memory it takes
 LEAVE_WINDOW = 16  # steps on the longest documents, whose accuracy ends a stage
 
 
@@ -118,7 +130,13 @@ class TrainConfig:
     preset: str = flag("cpu", f"The name of a set of model sizes: {', '.join(PRESETS)}.")
     recipe: str = flag("qa1", f"The name of a set of training settings: {', '.join(RECIPES)}.")
     init: str | None = flag(
-        None, "A checkpoint to start from. The weights, the sizes and the recipe are taken from it."
+        None,
+        "A checkpoint to start from. The weights, the sizes and the recipe are taken from it. Or "
+        "the folder of a released Llama, which gets a memory in all blocks, or in those that "
+        "--mem_blocks names.",
+    )
+    train: str = flag(
+        "all", "What is trained: all weights, or with memory those of the memory alone."
     )
     out_dir: str = flag("out", "The folder for the checkpoint, the log and the table.")
     tokens: int = flag(16_000_000, "The run ends after this many tokens, padding included.")
@@ -225,7 +243,8 @@ class TrainConfig:
     processes: int | None = flag(
         None,
         "This many processes share each step on a CPU. The number must divide --accumulate. "
-        "By default there is one for each thread if that number divides, and one otherwise.",
+        "By default there is one for each thread if that number divides, and one otherwise. For a "
+        "released Llama there is one, because each has a model of its own.",
     )
     threads: int = flag(
         0, "The number of threads of all processes together. With 0, PyTorch chooses."
@@ -296,6 +315,8 @@ class TrainConfig:
             raise ValueError(
                 f"--stories {self.stories} is no folder: name one with _train and _test files"
             )
+        if self.train not in ("all", "memory"):
+            raise ValueError(f"--train {self.train!r} is unknown: choose all or memory")
         if self.names not in ("own", "many"):
             raise ValueError(f"--names {self.names!r} is unknown: choose own or many")
         if self.text and not self.is_text:
@@ -366,7 +387,14 @@ MISSING_IN_OLDER = dict(
     tokenizer="shipped",
     skip_bad=False,
     gate_lr=1.0,
+    train="all",
 )
+
+# What the flags say of a released Llama: its memory and its segments. If they are silent, a segment
+# has GRAFT_SEGMENT tokens at most. The rate is low, so that what the Llama has learned stays.
+GRAFT_SIZES = ("segment_len", "n_slot", "n_mem_head", "n_mem_layer", "mem_blocks", "memory_kind")
+GRAFT_SEGMENT = 2048
+GRAFT_LR = 1e-4
 
 # What may change where a run is resumed: how it is computed, stopped and evaluated, and where the
 # same texts lie.
@@ -399,6 +427,15 @@ def sizes_of(preset: str, given: dict) -> dict:
         # The preset's answer to where the memory is gives way to theirs.
         for name in ("n_mem_layer", "mem_blocks"):
             sizes.pop(name, None)
+    return sizes | given
+
+
+def sizes_of_graft(llama: LM2Config, given: dict) -> dict:
+    """The sizes of a released Llama that gets a memory, as the flags say."""
+    sizes = asdict(llama)
+    for name in ("n_mem_layer", "mem_blocks"):
+        del sizes[name]
+    sizes["segment_len"] = min(sizes["segment_len"], GRAFT_SEGMENT)
     return sizes | given
 
 
@@ -467,7 +504,10 @@ def read_flags(argv: list[str] | None) -> Flags:
     if "tasks" in settings:
         settings["tasks"] = tuple(dict.fromkeys(settings["tasks"]))  # each once
     if "init" in settings:
+        is_llama = holds_llama(settings["init"])
         wrong = [*sizes, *(["preset"] if "preset" in settings else [])]
+        if is_llama:
+            wrong = [name for name in wrong if name not in GRAFT_SIZES]
         if wrong:
             raise ValueError(
                 f"--init {settings['init']} has sizes of its own: leave --{wrong[0]} out"
@@ -476,8 +516,15 @@ def read_flags(argv: list[str] | None) -> Flags:
             raise ValueError(
                 f"--init {settings['init']} has a tokenizer of its own: leave --tokenizer out"
             )
-        model, content = load_checkpoint(settings["init"])
-        sizes = asdict(model.cfg)
+        if is_llama:
+            sizes = sizes_of_graft(load_llama(settings["init"]).cfg, sizes)
+            settings.setdefault("lr", GRAFT_LR)
+            content = {}
+        else:
+            model, content = load_checkpoint(settings["init"])
+            sizes = asdict(model.cfg)
+            if "released" in content:
+                settings.setdefault("lr", GRAFT_LR)
         before = content.get("train", {})
         recipe = settings.get("recipe", before.get("recipe"))
         preset = before.get("preset")
@@ -749,6 +796,8 @@ def choose_processes(cfg: TrainConfig) -> Processes:
         n = 1
     elif cfg.processes is not None:
         n = cfg.processes
+    elif cfg.init is not None and holds_llama(cfg.init):
+        n = 1  # each process would have a model of its own in RAM
     else:
         n = threads if cfg.accumulate % threads == 0 else 1
     return Processes(n=n, train_threads=threads if n == 1 else 1, eval_threads=threads)
@@ -862,13 +911,16 @@ class Progress:
 
 
 def optimizer_groups(model: LM2 | RMT, gate_lr: float) -> list[dict]:
-    """The parameters in groups for AdamW. Matrices decay; the weights of norms, the biases and the
-    scores of nulls do not. With a gate_lr above 1 the gates are a group of their own."""
+    """The parameters that are trained, in groups for AdamW. Matrices decay; the weights of norms,
+    the biases and the scores of nulls do not. With a gate_lr above 1 the gates are a group of their
+    own."""
     matrices = []
     others = []
     gates = []
     gate_names = MEMORIES[model.cfg.memory_kind].gates
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         _, _, in_memory = name.partition(".memory.")  # such as w_in.bias
         is_gate = in_memory.split(".")[0] in gate_names
         if is_gate and gate_lr > 1:
@@ -1122,7 +1174,7 @@ def train(
     gradient that is not finite, and ProcessLost if another process has ended."""
     is_cuda = device.type == "cuda"
     path = Path(cfg.out_dir, "ckpt.pt")
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         optimizer_groups(model, cfg.gate_lr), lr=cfg.lr, betas=BETAS, fused=True
     )
@@ -1282,6 +1334,60 @@ def train(
 # From a command line to the loop
 
 
+def bytes_of_step(model: LM2 | RMT, cfg: TrainConfig) -> tuple[int, int]:
+    """About how many bytes a step takes: first of weights, gradients and AdamW's two moments, then
+    of what one micro-batch keeps for its gradient.
+
+    The second is counted on a twin on the meta device, whose tensors have shapes and no content.
+    It takes a second or two."""
+    total, _ = model.n_params()
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sizes = model.cfg
+    if sizes.kind == "lm2":
+        # A NeuralMemory switches autocast off, which the meta device does not know. It keeps about
+        # as much as LM2's memory.
+        sizes = replace(sizes, memory_kind="lm2", n_slot=min(sizes.n_slot, sizes.n_embd))
+    with torch.device("meta"):
+        twin = build_model(sizes)
+    own = set()  # the weights, which are not kept once more
+    is_trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, p in twin.named_parameters():
+        p.requires_grad = is_trained.get(name, True)  # the twin's memory may have other names
+        own.add(p.untyped_storage()._cdata)
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        # The meta device makes whole matrices of attention, and other devices do not.
+        is_attention = tensor.shape[-2:] == (segment_len, segment_len)
+        if storage._cdata not in own and not is_attention:
+            kept[storage._cdata] = storage
+        return tensor
+
+    segment_len = min(sizes.segment_len, cfg.batch_tokens)
+    n_segments = cfg.batch_tokens // segment_len
+    idx = torch.zeros(1, n_segments * segment_len, dtype=torch.int64, device="meta")
+    at = None if cfg.is_text else idx[0, ::10]  # answers are few of a story's tokens
+    targets = idx if at is None else at
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits, _, _ = twin(idx, targets, at=at, segment_len=segment_len)
+    activations = sum(storage.nbytes() for storage in kept.values())
+    if cfg.recompute:
+        # One block at a time is run again, and of the others the input is kept.
+        activations //= sizes.n_layer
+        activations += 4 * sizes.n_layer * idx.numel() * sizes.n_embd
+    activations += 2 * 4 * logits.numel()  # the gradient of the logits is made from a copy
+    return 4 * total + 12 * n_trained, activations
+
+
+def train_memory_alone(model: LM2 | RMT) -> None:
+    """Keep all weights as they are but those of the memory. ValueError if there are none."""
+    if model.cfg.kind != "lm2":
+        raise ValueError("--train memory, but the model has none: say where with --mem_blocks")
+    for name, p in model.named_parameters():
+        p.requires_grad = ".memory." in name
+
+
 def make_model(flags: Flags, device: torch.device) -> tuple[LM2 | RMT, Tokenizer, dict | None]:
     """The model on the device, its tokenizer, and the checkpoint to go on from if there is one.
 
@@ -1294,11 +1400,16 @@ def make_model(flags: Flags, device: torch.device) -> tuple[LM2 | RMT, Tokenizer
         path = Path(cfg.out_dir, "ckpt.pt")
         model, saved = load_checkpoint(path)
         tokenizer = of_checkpoint(saved, path)
+    elif cfg.init is not None and holds_llama(cfg.init):
+        llama, tokenizer, _ = open_model(cfg.init)
+        torch.manual_seed(cfg.seed)
+        model = graft(llama, LM2Config(**flags.sizes))
     elif cfg.init is not None:
         model, content = load_checkpoint(cfg.init)
         tokenizer = of_checkpoint(content, cfg.init)
         is_shipped = tokenizer.for_checkpoint() == choose_tokenizer("shipped").for_checkpoint()
-        if was_trained_on_text(content) and not cfg.is_text and not is_shipped:
+        is_own = "released" not in content and not is_shipped  # a tokenizer that this code made
+        if was_trained_on_text(content) and not cfg.is_text and is_own:
             raise ValueError(
                 f"--init {cfg.init} has another tokenizer than the shipped one, which stories "
                 "need: train it with --tokenizer shipped"
@@ -1307,6 +1418,8 @@ def make_model(flags: Flags, device: torch.device) -> tuple[LM2 | RMT, Tokenizer
         tokenizer = choose_tokenizer(cfg.tokenizer, cfg.text)
         torch.manual_seed(cfg.seed)
         model = build_model(LM2Config(**flags.sizes | dict(vocab_size=tokenizer.n_vocab)))
+    if cfg.train == "memory":
+        train_memory_alone(model)
     model.to(device)
     model.recompute = cfg.recompute
     if device.type == "cpu" and is_bfloat16(cfg, device):
@@ -1425,7 +1538,7 @@ def describe(
         ("model", f"{sizes.kind}, {total:,} parameters, {memory:,} of them memory"),
         ("", f"{sizes.n_layer} blocks of width {sizes.n_embd}, {remembers}"),
         ("", f"segments of {sizes.segment_len} tokens"),
-        ("recipe", f"{cfg.recipe}, with the preset {cfg.preset}"),
+        *describe_start(cfg, model, processes),
         *describe_data(cfg, sizes, tokenizer, data),
         ("step", f"{cfg.accumulate} micro-batches of up to {cfg.batch_size} {read_as} and"),
         ("", f"{cfg.batch_tokens:,} tokens, learning rate {cfg.lr:g}"),
@@ -1434,6 +1547,29 @@ def describe(
         ("output", f"{Path(cfg.out_dir)}: ckpt.pt, metrics.jsonl, {table_file(cfg)}"),
     ]
     return "\n".join(f"{name:8}{value}" for name, value in rows)
+
+
+def describe_start(
+    cfg: TrainConfig, model: LM2 | RMT, processes: Processes
+) -> list[tuple[str, str]]:
+    """The rows of that table that tell where a run starts, and for a large model what it takes."""
+    if cfg.init is None:
+        rows = [("recipe", f"{cfg.recipe}, with the preset {cfg.preset}")]
+    else:
+        rows = [("recipe", f"{cfg.recipe}, from the weights of {cfg.init}")]
+    if cfg.train == "memory":
+        rows.append(("", "the memory alone is trained"))
+    total, _ = model.n_params()
+    if total >= LARGE:
+        fixed, activations = bytes_of_step(model, cfg)
+        whole = (fixed + activations) / 2**30
+        batch = activations / 2**30
+        rows.append(("memory", f"a step takes about {whole:,.1f} GiB, of which {batch:,.1f} GiB"))
+        what_for = f"are for the {cfg.batch_tokens:,} tokens of a micro-batch"
+        if processes.n > 1:
+            what_for += f", in each of {processes.n} processes"
+        rows.append(("", what_for))
+    return rows
 
 
 def describe_data(
@@ -1566,11 +1702,14 @@ def show_samples(model: LM2 | RMT, tokenizer: Tokenizer) -> None:
     """Print some texts that the model writes from nothing."""
     device = model.norm.weight.device
     generator = torch.Generator(device).manual_seed(SAMPLE_SEED)
-    start = torch.full((N_SAMPLES, 1), tokenizer.eot, device=device)
+    first_id = tokenizer.eot if tokenizer.bos is None else tokenizer.bos
+    start = torch.full((N_SAMPLES, 1), first_id, device=device)
     samples = model.generate(start, SAMPLE_TOKENS, SAMPLE_TEMPERATURE, generator)
     for ids in samples[:, 1:].tolist():
-        if tokenizer.eot in ids:
-            ids = ids[: ids.index(tokenizer.eot)]
+        for i, token in enumerate(ids):
+            if token in tokenizer.ends:
+                ids = ids[:i]
+                break
         print(f"\n{' a sample ':-^79}\n{tokenizer.decode(ids)}")
 
 

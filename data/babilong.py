@@ -329,7 +329,8 @@ class Builder:
                 places.append(len(sentences))
             sentences.append(content)
         sentences.extend(prose[n_used:])
-        return join(sentences, places, texts, questions, self.ids, self.tokenizer.eot)
+        tokenizer = self.tokenizer
+        return join(sentences, places, texts, questions, self.ids, tokenizer.eot, tokenizer.bos)
 
     def sample(self, task: str, length: int, rng: random.Random, tries: int = 1000) -> Document:
         """A document with one question at its end, as the benchmark asks it.

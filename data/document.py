@@ -85,7 +85,8 @@ def batches(n: int, size: int, pairs: bool) -> list[range]:
 class Document(NamedTuple):
     """The token ids of a document, and where its parts are.
 
-    The context comes first: facts and background, in sentences. Behind it come one or more
+    The context comes first: facts and background, in sentences. Before it there may be a head: the
+    begin of text of a released model, and an instruction. Behind it come one or more
     questions, each with its answer and the end of text. A lesson may have questions within the
     context, too. A span is a pair (start, stop) of positions in `ids`."""
 
@@ -103,7 +104,7 @@ class Document(NamedTuple):
 
     @property
     def context_len(self) -> int:
-        """The number of tokens of the context."""
+        """The number of tokens of the context, and of what stands before it."""
         return self.cuts[-1]
 
     def prompt(self) -> np.ndarray:
@@ -135,8 +136,9 @@ class Document(NamedTuple):
         texts = [tokenizer.decode(sentence) for sentence in sentences]
         chosen = bm25.best(texts, question.text, k)
         kept = [sentences[i] for i in chosen]
+        head = self.ids[: self.cuts[0]]
         asked = self.prompt()[self.context_len :]
-        prompt = np.concatenate([*kept, asked])
+        prompt = np.concatenate([head, *kept, asked])
         if not question.support:
             return prompt, None
         needed = {self.places[i] for i in question.support}
@@ -150,6 +152,7 @@ def join(
     questions: list[Question],
     encode: Callable[[str], Sequence[int]],
     eot: int,
+    bos: int | None = None,
 ) -> Document:
     """A document of a context and the questions behind it.
 
@@ -158,11 +161,12 @@ def join(
     texts      the text of each fact
     questions  what is asked behind the context
     encode     gives the ids of a text, with a space before it
-    eot        the id of the end of text, which follows each answer"""
-    pieces = []
+    eot        the id of the end of text, which follows each answer
+    bos        the id of the begin of text, None for a tokenizer without one"""
+    pieces = [] if bos is None else [[bos]]
     answers = []
     asked = []
-    cuts = [0]
+    cuts = [len(pieces)]
     for piece in [*sentences, *questions]:
         start = cuts[-1]
         if isinstance(piece, Question):
@@ -189,4 +193,4 @@ def from_text(tokenizer: Tokenizer, text: str, question: str, answer: str) -> Do
     words = " ".join(text.split())
     sentences = [encode(sentence) for sentence in split_sentences(words) if sentence]
     asked = Question(question.strip(), answer.strip(), ())
-    return join(sentences, [], [], [asked], encode, tokenizer.eot)
+    return join(sentences, [], [], [asked], encode, tokenizer.eot, tokenizer.bos)

@@ -295,14 +295,14 @@ def lesson(
     n_fact_tokens = 0
     for text in texts:
         n_fact_tokens += len(builder.ids(text))
-    n_question_tokens = 0
+    n_other_tokens = 0 if builder.tokenizer.bos is None else 1  # the begin of text, the questions
     for question in [*questions, *[question for _, question in asides]]:
         asked = len(builder.ids(question.text))
         answered = len(builder.ids(question.answer))
-        n_question_tokens += asked + answered + 1  # 1 for the end of text
+        n_other_tokens += asked + answered + 1  # 1 for the end of text
 
-    least = max(room[0] - n_question_tokens, n_fact_tokens)
-    most = room[1] - n_question_tokens
+    least = max(room[0] - n_other_tokens, n_fact_tokens)
+    most = room[1] - n_other_tokens
     length = 0  # tokens of facts and prose; 0: no prose
     if most > n_fact_tokens:
         length = least + int(rng.random() * (most - least + 1))
@@ -319,11 +319,13 @@ def echo(tokenizer: Tokenizer, rng: random.Random) -> Document:
     soon after."""
     n_listed = rng.randint(6, MOST_LISTED)
     n_between = rng.randint(0, MOST_BETWEEN)
-    # The first 256 ids are single bytes, which a text hardly has.
-    drawn = rng.sample(range(256, tokenizer.eot), n_listed + n_between)
+    # The first 256 tokens are single bytes, which a text hardly has.
+    drawn = rng.sample(tokenizer.ids[256:], n_listed + n_between)
     listed = drawn[:n_listed]
-    ids = [*drawn, *listed]
-    start = len(drawn) + 1  # of the second list's second token
+    begin = [] if tokenizer.bos is None else [tokenizer.bos]
+    ids = [*begin, *drawn, *listed]
+    stop = len(begin) + len(drawn)  # of the first list and what is between
+    start = stop + 1  # of the second list's second token
     question = Question("", tokenizer.decode(listed[1:]), ())
     return Document(
         ids=np.array(ids),
@@ -331,7 +333,7 @@ def echo(tokenizer: Tokenizer, rng: random.Random) -> Document:
         questions=[question],
         places=[],
         texts=[],
-        cuts=[0, len(drawn)],
+        cuts=[len(begin), stop],
     )
 
 

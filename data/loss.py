@@ -136,6 +136,9 @@ def measure(
     mode `on` alone. A single piece has no `other`. Pieces of one document lend to each other."""
     size_of = tokenizer.n_bytes()
     pieces = choose_pieces(documents, size_of, most, longest)
+    if tokenizer.bos is not None:
+        # A released model starts with the begin of text, without the end of text before it.
+        pieces = [ids[1:] if ids[1] == tokenizer.bos else ids for ids in pieces]
     if model.cfg.kind == "llama":
         modes = ["on"]
     elif len(pieces) == 1:

@@ -185,11 +185,12 @@ def id_type(tokenizer: Tokenizer) -> np.dtype:
 
 def encode(texts: Iterator[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """The ids of texts as they lie on disk: an end of text before the first one, and one behind
-    each."""
+    each. With the tokenizer of a released model, each text has its begin of text, too."""
     dtype = id_type(tokenizer)
+    begin = [] if tokenizer.bos is None else [tokenizer.bos]
     yield np.array([tokenizer.eot], dtype)
     for text in texts:
-        yield np.array([*tokenizer.encode(text), tokenizer.eot], dtype)
+        yield np.array([*begin, *tokenizer.encode(text), tokenizer.eot], dtype)
 
 
 def read_documents(

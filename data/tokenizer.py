@@ -80,7 +80,10 @@ class Tokenizer:
         check_pattern(pattern)
         self.ranks = ranks
         self.pattern = pattern
+        self.ids = range(len(tokens))  # the id of each rank
+        self.bos = None  # the id of the begin of a text, which released models have
         self.eot = len(tokens)  # id of the end of a text, behind the last rank
+        self.ends = {self.eot}  # the ids that end what a model writes
         self._encoding = tiktoken.Encoding(
             name="lm2",
             pat_str=pattern,
@@ -113,10 +116,12 @@ class Tokenizer:
         return len(text) / max(1, len(self.encode(text)))
 
     def n_bytes(self) -> np.ndarray:
-        """How many bytes of text each id stands for, 0 for the end of text: (n_vocab,) int64."""
+        """How many bytes of text each id stands for, 0 for a special one such as the end of text:
+        (n_vocab,) int64."""
         sizes = np.zeros(self.n_vocab, np.int64)
-        for token in range(self.eot):
-            sizes[token] = len(self._encoding.decode_single_token_bytes(token))
+        for rank, i in enumerate(self.ids):
+            if i is not None:
+                sizes[i] = len(self._encoding.decode_single_token_bytes(rank))
         return sizes
 
     def for_checkpoint(self) -> dict[str, str]:
@@ -128,12 +133,69 @@ class Tokenizer:
         return content
 
 
+class ReleasedTokenizer(Tokenizer):
+    """The tokenizer of a released model (data/llama.py), whose ids need not be its ranks.
+
+    ranks    the content of a rank file, as Tokenizer takes it
+    pattern  as Tokenizer takes it
+    ids      the id of each rank, None for a byte that the model does not know
+    bos      the id with which the model begins a document, None if it wants none
+    ends     the ids that end a text. The first one ends the documents that are trained on
+    n_vocab  the number of ids that the model has"""
+
+    def __init__(
+        self,
+        ranks: str,
+        pattern: str,
+        ids: list[int | None],
+        bos: int | None,
+        ends: list[int],
+        n_vocab: int,
+    ):
+        super().__init__(ranks, pattern)
+        known = [i for i in ids if i is not None]
+        if len(ids) != self.eot or len(set(known)) < len(known):
+            raise ValueError("each token needs one id of its own")
+        special = ends if bos is None else [bos, *ends]
+        if not ends or not all(0 <= i < n_vocab for i in (*known, *special)):
+            raise ValueError(f"an id is not below the {n_vocab} ids of the model")
+        self.ids = ids
+        self.rank_of = {i: rank for rank, i in enumerate(ids) if i is not None}
+        self.bos = bos
+        self.eot = ends[0]
+        self.ends = set(ends)
+        self._n_vocab = n_vocab
+
+    @property
+    def n_vocab(self) -> int:
+        """The number of ids, of which some may stand for no text."""
+        return self._n_vocab
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of any text. What looks like a special token is ordinary text, and a byte that
+        the model does not know is left out."""
+        found = [self.ids[rank] for rank in super().encode(text)]
+        return [i for i in found if i is not None]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of ids. Special tokens have none."""
+        return super().decode_bytes(self.rank_of[int(i)] for i in ids if int(i) in self.rank_of)
+
+    def for_checkpoint(self) -> dict:
+        """What a checkpoint holds of the tokenizer, for `of_checkpoint`."""
+        ends = [self.eot, *sorted(self.ends - {self.eot})]
+        special = dict(ids=self.ids, bos=self.bos, ends=ends, n_vocab=self.n_vocab)
+        return dict(tokenizer=self.ranks, pattern=self.pattern, released=special)
+
+
 class IdsOnly:
     """Stands for GPT-2's tokenizer on a machine that does not have it: a model can be trained on a
     file of ids and measured, but it can neither read nor write a text."""
 
     n_vocab = 50257
+    bos = None
     eot = 50256
+    ends = {50256}
 
     def encode(self, text: str) -> list[int]:
         """Raises ValueError."""
@@ -302,9 +364,12 @@ def of_checkpoint(content: dict, path: str | Path) -> Tokenizer | IdsOnly:
     try:
         if content["tokenizer"] == IDS_ONLY:
             tokenizer = IdsOnly()
+        elif "released" in content:
+            special = content["released"]
+            tokenizer = ReleasedTokenizer(content["tokenizer"], content["pattern"], **special)
         else:
             tokenizer = Tokenizer(content["tokenizer"], content.get("pattern", PATTERN))
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not fit this code: {reason}") from None
     vocab_size = content["config"]["vocab_size"]
