@@ -6,6 +6,7 @@
     python babilong_eval.py --ckpt lm2=out/ckpt.pt rmt=out/rmt/ckpt.pt --compare "lm2 on" "rmt on"
     python babilong_eval.py --source babilong --path babilong --lengths 0k 1k --out published.jsonl
     python babilong_eval.py --from_predictions out/predictions.jsonl   # the tables of a file again
+    python babilong_eval.py --mmlu data/mmlu --ckpt Llama-3.2-1B       # MMLU in place of BABILong
 
 Prints tables and writes predictions.jsonl, a line for each answer, beside the first checkpoint or
 to --out. A run that was cut short goes on there, and so does one that asks for more samples.
@@ -25,7 +26,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -35,6 +36,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data import mmlu
 from data.babi import TASKS
 from data.babi import names as babi_names
 from data.babilong import COUNTS, Builder, Samples, generated
@@ -49,9 +51,11 @@ from data.common import (
     save_json,
 )
 from data.document import Document, batches, length_name, read_lengths
+from data.llama import fingerprint_of_files, holds_llama, open_model
 from data.published import Downloaded, published_table
-from data.tokenizer import Tokenizer, of_checkpoint
-from lm2 import LM2, RMT, State, load_checkpoint
+from data.template import with_template
+from data.tokenizer import Tokenizer
+from lm2 import LM2, RMT, State
 
 Model = LM2 | RMT
 
@@ -126,6 +130,59 @@ def next_tokens(model: Model, texts: list[list[int]], state: State | None) -> li
     return logits.argmax(dim=-1).tolist()
 
 
+# From so many tokens on, a prompt's last segment is read once and continued with a cache. Shorter
+# ones are continued together, each new token by a call that reads them again.
+LONG_SEGMENT = 1024
+
+
+def continue_each(
+    model: Model, texts: list[list[int]], state: State, most: int, ends: Callable[[int], bool]
+) -> list[list[int]]:
+    """Greedy continuations of texts, one text after the other, each up to a token that ends it."""
+    continuations = []
+    for row, text in enumerate(texts):
+        continuations.append([])
+        idx = torch.tensor([text], device=state.open_ids.device)
+        for new in model.stream(idx, most, state=of_rows(state, [row])):
+            continuations[-1].append(new.item())
+            if ends(new.item()):
+                break
+    return continuations
+
+
+def continue_together(
+    model: Model,
+    texts: list[list[int]],
+    state: State | None,
+    most: int,
+    ends: Callable[[int], bool],
+) -> list[list[int]]:
+    """The same for all texts at once.
+
+    state  None is memory off: a token is predicted from its own segment alone"""
+    segment_len = model.cfg.segment_len
+    continuations = [[] for _ in texts]
+    active = list(range(len(texts)))  # those that have not ended
+    for _ in range(most):
+        seen = [texts[i] + continuations[i] for i in active]
+        active_state = None
+        if state is None:
+            # An answer may go on in the next segment, which is a document of its own then.
+            seen = [text[last_segment_start(text, segment_len) :] for text in seen]
+        else:
+            active_state = of_rows(state, active)
+        new_tokens = next_tokens(model, seen, active_state)
+        still_active = []
+        for i, token in zip(active, new_tokens, strict=True):
+            continuations[i].append(token)
+            if not ends(token):
+                still_active.append(i)
+        active = still_active
+        if not active:
+            break
+    return continuations
+
+
 @torch.no_grad()
 def answer(
     model: Model,
@@ -133,34 +190,34 @@ def answer(
     prompts: list[np.ndarray],
     state: State | None,
     most: int = 12,
+    to_line_end: bool = False,
 ) -> list[str]:
     """Greedy answers to prompts (T,), up to the end of text or `most` tokens.
 
-    state  the state in which the last segments begin, a row for each prompt, as `read_before_last`
-           returns it. None is memory off: a token is predicted from its own segment alone."""
+    state        the state in which the last segments begin, a row for each prompt, as
+                 `read_before_last` returns it. None is memory off
+    to_line_end  whether an answer stops before its first line end, too"""
     segment_len = model.cfg.segment_len
     texts = [prompt[last_segment_start(prompt, segment_len) :].tolist() for prompt in prompts]
-    answers = [[] for _ in prompts]
-    active = list(range(len(prompts)))  # those whose answers have not ended
-    for _ in range(most):
-        if state is None:
-            # An answer may go on in the next segment, which is a document of its own then.
-            seen = [texts[i][last_segment_start(texts[i], segment_len) :] for i in active]
-            active_state = None
-        else:
-            seen = [texts[i] for i in active]
-            active_state = of_rows(state, active)
-        new_tokens = next_tokens(model, seen, active_state)
-        still_active = []
-        for i, token in zip(active, new_tokens, strict=True):
-            if token != tokenizer.eot:
-                texts[i].append(token)
-                answers[i].append(token)
-                still_active.append(i)
-        active = still_active
-        if not active:
-            break
-    return [tokenizer.decode(ids).strip() for ids in answers]
+
+    def ends(token: int) -> bool:
+        if token in tokenizer.ends:
+            return True
+        return to_line_end and "\n" in tokenizer.decode([token])
+
+    if state is not None and max(map(len, texts)) > LONG_SEGMENT:
+        continuations = continue_each(model, texts, state, most, ends)
+    else:
+        continuations = continue_together(model, texts, state, most, ends)
+    outputs = []
+    for ids in continuations:
+        if ids[-1] in tokenizer.ends:
+            ids = ids[:-1]
+        output = tokenizer.decode(ids)
+        if to_line_end:
+            output, _, _ = output.partition("\n")
+        outputs.append(output.strip())
+    return outputs
 
 
 class Answers(NamedTuple):
@@ -177,12 +234,16 @@ def ask(
     documents: list[Document],
     modes: Iterable[str],
     n_sentences: int,
+    template: bool = False,
 ) -> dict[str, Answers]:
     """Answers to a batch of documents in each mode. On a GPU layers multiply in bfloat16.
 
-    n_sentences  how many sentences mode `rag` reads"""
+    n_sentences  how many sentences mode `rag` reads
+    template     whether the documents have the benchmark's template, see data/template.py. A base
+                 model does not end its text there, so an answer is one line of up to 20 tokens"""
     on_gpu = model.norm.weight.is_cuda
     prompts = [document.prompt() for document in documents]
+    limits = dict(most=20, to_line_end=True) if template else {}
     answers = {}
     with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
         reading = 0.0
@@ -201,14 +262,14 @@ def ask(
                     short, found[i] = document.retrieve(tokenizer, n_sentences)
                     short_prompts.append(short)
                 short_state = read_before_last(model, short_prompts)
-                outputs = answer(model, tokenizer, short_prompts, short_state)
+                outputs = answer(model, tokenizer, short_prompts, short_state, **limits)
             elif mode == "off":
-                outputs = answer(model, tokenizer, prompts, None)
+                outputs = answer(model, tokenizer, prompts, None, **limits)
             elif mode == "other":
                 lenders = [neighbour(i, len(prompts)) for i in range(len(prompts))]
-                outputs = answer(model, tokenizer, prompts, of_rows(state, lenders))
+                outputs = answer(model, tokenizer, prompts, of_rows(state, lenders), **limits)
             else:
-                outputs = answer(model, tokenizer, prompts, state)
+                outputs = answer(model, tokenizer, prompts, state, **limits)
             seconds = time.perf_counter() - start
             if mode in ("on", "other"):
                 seconds += reading
@@ -234,6 +295,7 @@ def evaluate(
     done: set[Key] = frozenset(),
     show: bool = False,
     names: str = "own",
+    template: bool = False,
 ) -> Iterator[list[dict]]:
     """Yield the predictions of these cells, batch by batch. Those in `done` are not asked again.
 
@@ -245,7 +307,8 @@ def evaluate(
     max_tokens  A batch has at most this many tokens of prompts. One document always goes, or two if
                 "other" is among the modes
     show        show a progress bar where standard error is a terminal
-    names       the names in the samples, see --names"""
+    names       the names in the samples, see --names
+    template    whether to ask with the benchmark's template, see --template"""
     was_training = model.training
     model.eval()
     bar = tqdm(
@@ -265,8 +328,13 @@ def evaluate(
                 if any((name, task, length, i, mode) not in done for i in batch):
                     left.append(mode)
             if left:
-                documents = [samples(task, length, i) for i in batch]
-                answers = ask(model, tokenizer, documents, left, rag)
+                documents = []
+                for i in batch:
+                    document = samples(task, length, i)
+                    if template:
+                        document = with_template(document, task, tokenizer)
+                    documents.append(document)
+                answers = ask(model, tokenizer, documents, left, rag, template)
                 rows = []
                 for mode in left:
                     outputs, found, seconds = answers[mode]
@@ -725,7 +793,7 @@ FIELDS = dict(  # the fields of an answer, and of what types they may be
 )
 DEFAULTS = dict(model="lm2", found=None, seconds=0.0)  # the fields that older files lack
 # The settings that a file leaves out, and what they are then.
-UNSAID = dict(names="own")
+UNSAID = dict(names="own", template=False)
 
 
 def key_of(row: dict) -> Key:
@@ -899,7 +967,7 @@ def name_and_path(text: str) -> tuple[str, Path]:
     """The name and the path of NAME=PATH. Of a mere PATH, which may hold "=" itself, the name is
     empty."""
     name, equals, path = text.partition("=")
-    if equals and not Path(text).is_file():
+    if equals and not Path(text).exists():
         return name, Path(path)
     return "", Path(text)
 
@@ -912,7 +980,7 @@ class Loaded:
     model: Model
     tokenizer: Tokenizer
     train: dict  # the settings of its training: tasks, background, ...
-    digest: str  # a fingerprint of the file
+    digest: str  # a fingerprint of the file, or of the folder
 
 
 def read_models(texts: list[str], device: torch.device) -> list[Loaded]:
@@ -923,15 +991,62 @@ def read_models(texts: list[str], device: torch.device) -> list[Loaded]:
     models = []
     for text in texts:
         name, path = name_and_path(text)
-        model, content = load_checkpoint(path, device)
+        model, tokenizer, content = open_model(path, device)
         if not name:
-            name = model.cfg.kind if len(texts) == 1 else path.resolve().parent.name
+            if len(texts) == 1:
+                name = model.cfg.kind
+            else:
+                name = path.resolve().name if path.is_dir() else path.resolve().parent.name
         if name in [loaded.name for loaded in models]:
             raise ValueError(f"--ckpt: two models are called {name!r}, give NAME=PATH")
-        tokenizer = of_checkpoint(content, path)
-        digest = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
-        models.append(Loaded(name, model, tokenizer, content.get("train", {}), digest))
+        train = content.get("train", {})
+        models.append(Loaded(name, model, tokenizer, train, fingerprint_of_files(path)))
     return models
+
+
+def add_mmlu_flags(parser: Parser) -> None:
+    """Add the flags that belong to MMLU."""
+    add = parser.add_argument_group("MMLU").add_argument
+    add(
+        "--mmlu",
+        metavar="FOLDER",
+        help="Ask the questions of MMLU in place of BABILong's. The folder holds the original CSV "
+        "files, in dev, val and test. Answers are written to --out alone.",
+    )
+    add(
+        "--shots",
+        type=int,
+        default=mmlu.MOST_SHOTS,
+        choices=range(mmlu.MOST_SHOTS + 1),
+        help="The number of examples before each question: the first ones of the subject's file in "
+        "dev (default %(default)s).",
+    )
+    add(
+        "--part",
+        default="test",
+        choices=mmlu.PARTS,
+        help="The part of MMLU whose questions are asked (default test).",
+    )
+    add(
+        "--score",
+        default="letters",
+        choices=mmlu.SCORES,
+        help="How the model chooses. letters: the likeliest letter behind the question. answers: "
+        "the likeliest text of an option, by its log-likelihood per byte (default letters).",
+    )
+
+
+def check_mmlu_flags(parser: Parser, args) -> None:
+    """End the program if flags of MMLU and of BABILong are given together."""
+    of_mmlu = ("mmlu", "shots", "part", "score")
+    of_both = ("ckpt", "device", "out", "again")
+    for name, value in vars(args).items():
+        if name in of_both or value == parser.get_default(name):
+            continue
+        if args.mmlu is None and name in of_mmlu:
+            parser.error(f"--{name} belongs to MMLU: give --mmlu FOLDER with it, or leave it out")
+        if args.mmlu is not None and name not in of_mmlu:
+            parser.error(f"--{name} belongs to BABILong: leave out --{name} or --mmlu")
 
 
 def read_flags(argv: list[str] | None):
@@ -942,7 +1057,8 @@ def read_flags(argv: list[str] | None):
         "--ckpt",
         nargs="+",
         default=["out/ckpt.pt"],
-        help="The checkpoints of train.py to evaluate, as PATH or NAME=PATH (default out/ckpt.pt).",
+        help="The checkpoints of train.py to evaluate, or folders of released Llamas, as PATH or "
+        "NAME=PATH (default out/ckpt.pt).",
     )
     add(
         "--tasks",
@@ -1013,6 +1129,13 @@ def read_flags(argv: list[str] | None):
         help="The names in generated stories: bAbI's own, the many of training with --names many, "
         "or unseen ones, which no training has (default own).",
     )
+    add(
+        "--template",
+        action="store_true",
+        help="Ask with an instruction, two examples and the marks of the benchmark around each "
+        "document, for a model that was not trained on documents of this repository. Lengths "
+        "count the document alone, and an answer is one line.",
+    )
     add("--seed", type=int, default=0, help="The seed of the samples (default 0).")
     add(
         "--max_tokens",
@@ -1050,7 +1173,9 @@ def read_flags(argv: list[str] | None):
         help="Ask nothing, and print the tables of this file of answers.",
     )
     add("--published", action="store_true", help="Print the figures of the papers, too.")
+    add_mmlu_flags(parser)
     args = parser.parse_args(argv)
+    check_mmlu_flags(parser, args)
     if args.n < 1 or args.max_tokens < 1 or args.rag < 0:
         parser.error(
             f"--n {args.n} and --max_tokens {args.max_tokens} must be at least 1, "
@@ -1064,6 +1189,11 @@ def read_flags(argv: list[str] | None):
         parser.error(
             f"--names {args.names} with --source {args.source}: only generated stories can have "
             "other names, leave one of the two out"
+        )
+    if args.template and args.from_predictions:
+        parser.error(
+            "--template with --from_predictions: the answers of a file stay as they were asked, "
+            "leave one of the two out"
         )
     args.modes = []
     for mode in MODES:
@@ -1098,7 +1228,7 @@ def check_figures(args, out: str | Path) -> None:
         _, checkpoint = name_and_path(text)
         taken.append(checkpoint.resolve())
     is_json_in_a_folder = path.suffix == ".json" and not path.is_dir() and path.parent.is_dir()
-    if not is_json_in_a_folder or path.resolve() in taken:
+    if not is_json_in_a_folder or path.resolve() in taken or holds_llama(path.parent):
         raise ValueError(
             f"--figures {path}: name a .json file of its own, in a folder that is there"
         )
@@ -1114,6 +1244,8 @@ def check_out(args, out: Path) -> None:
         _, checkpoint = name_and_path(text)
         if out.exists() and out.samefile(checkpoint):
             raise ValueError(f"--out {out} is the checkpoint: name another file")
+    if holds_llama(out.parent):
+        raise ValueError(f"--out {out} lies among a model's files: name another folder")
 
 
 def check_columns(args, models: list[Loaded]) -> None:
@@ -1239,12 +1371,14 @@ def settings_of(args, loaded: Loaded, background: str | None) -> dict:
     )
     if args.names != "own":  # see UNSAID
         settings["names"] = args.names
+    if args.template:
+        settings["template"] = True
     return settings
 
 
-def tokenizer_key(loaded: Loaded) -> tuple[str, ...]:
+def tokenizer_key(loaded: Loaded) -> str:
     """What models with the same tokenizer have in common."""
-    return tuple(loaded.tokenizer.for_checkpoint().values())
+    return str(loaded.tokenizer.for_checkpoint())
 
 
 def run(args) -> None:
@@ -1257,7 +1391,7 @@ def run(args) -> None:
         trained_tasks = trained_tasks.split()
     tasks = list(dict.fromkeys(args.tasks or trained_tasks))
     _, first_path = name_and_path(args.ckpt[0])
-    out = Path(args.out or first_path.with_name("predictions.jsonl"))
+    out = Path(args.out or first_path.resolve().with_name("predictions.jsonl"))
     check_out(args, out)
     check_columns(args, models)
     check_path(args, tasks, counts)
@@ -1308,6 +1442,7 @@ def run(args) -> None:
             predictions.done,
             show=True,
             names=args.names,
+            template=args.template,
         ):
             predictions.add(rows)
     print(f"it took {(time.perf_counter() - began) / 60:.1f} minutes\n")
@@ -1318,6 +1453,44 @@ def run(args) -> None:
     print(f"answers in {out}")
 
 
+def run_mmlu(args) -> None:
+    """Ask all models the questions of MMLU, and show how many answers are right."""
+    device = pick_device(args.device)
+    subjects = mmlu.read_subjects(Path(args.mmlu), args.part, args.shots)
+    models = read_models(args.ckpt, device)
+    if args.out:
+        out = Path(args.out)
+        check_out(args, out)
+        if out.exists() and not args.again:
+            raise ValueError(f"--out {out} is there: give another --out, or --again to replace it")
+    missing = sorted(mmlu.CATEGORY_OF.keys() - subjects.keys())
+    if missing:
+        print(f"left out, as {args.mmlu}/{args.part} has no file of them: {', '.join(missing)}")
+    answers = []
+    for loaded in models:
+        loaded.model.float()  # in bfloat16 the logits of two letters would often be equal
+        answered = mmlu.ask(loaded.model, loaded.tokenizer, subjects, args.score, loaded.name)
+        n_short = sum(answer["shots"] < args.shots for answer in answered)
+        if n_short:
+            print(
+                f"{loaded.name} got fewer than {args.shots} examples in {n_short:,} of "
+                f"{len(answered):,} prompts: its segments have {loaded.model.cfg.segment_len} "
+                "tokens, and it has no memory"
+            )
+        n_tied = sum(answer["tied"] for answer in answered)
+        if n_tied:
+            print(
+                f"{loaded.name} had two best options of equal score in {n_tied:,} of "
+                f"{len(answered):,} questions: the first one counts as chosen"
+            )
+        answers.extend(answered)
+    print(f"MMLU, {args.part}, {args.shots} examples, the model chooses by {args.score}\n")
+    print(mmlu.table(answers, wilson))
+    if args.out:
+        save(answers, out)
+        print(f"answers in {out}")
+
+
 def main(argv: list[str] | None = None) -> None:
     args = read_flags(argv)
     keep_freed_memory()
@@ -1325,6 +1498,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.from_predictions:
             check_figures(args, args.from_predictions)
             print_tables(load(args.from_predictions), args)
+        elif args.mmlu is not None:
+            run_mmlu(args)
         else:
             run(args)
 

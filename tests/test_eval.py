@@ -593,9 +593,9 @@ def test_a_run_cut_short_anywhere_goes_on_and_ends_as_one_in_one_go(
     out.write_bytes(head + rest[:partial])
     asked = []
 
-    def watched(model, tokenizer, docs, modes, n_sentences):
+    def watched(model, tokenizer, docs, modes, *options):
         asked.extend(modes * len(docs))
-        return ask(model, tokenizer, docs, modes, n_sentences)
+        return ask(model, tokenizer, docs, modes, *options)
 
     monkeypatch.setattr(babilong_eval, "ask", watched)
     printed = cli(*FULL, "--out", out)
