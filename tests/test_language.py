@@ -131,6 +131,7 @@ def test_without_a_source_the_documents_are_the_modules_of_pythons_library():
 class WideTokenizer:
     """A pretended tokenizer of more than 65,536 ids: a character is its own id."""
 
+    bos = None
     eot = 100_000
     n_vocab = 100_001
 
@@ -625,6 +626,7 @@ def test_interrupted_and_resumed_a_run_ends_bit_for_bit_as_in_one_go(source, str
         assert same_tensors(content(tmp_path / "run", name), content(straight, name))
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(source, straight, tmp_path):
     fit(*SHORT, "--processes", "2", "--text", source, "--out_dir", tmp_path)
     assert weights_differ_by(straight, tmp_path) < 1e-5

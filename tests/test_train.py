@@ -802,6 +802,7 @@ def test_a_copied_run_goes_on_where_it_lies_and_leaves_the_original_alone(fit, t
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="the system has no process groups")
+@pytest.mark.slow
 def test_sigterm_to_all_processes_of_a_run_saves_it_also_with_workers(folder, tmp_path):
     where = ["--background", str(folder), "--out_dir", str(tmp_path)]
     flags = ["--tokens", "10000000", "--stages", "2:0", "--workers", "1", "--processes", "1"]
@@ -841,6 +842,7 @@ def test_the_bar_ends_where_the_last_stage_ends_the_run(fit, tmp_path, monkeypat
 TWO = "--accumulate 2 --processes 2"
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one_also_interrupted_and_resumed(
     interrupted, fit, straight, tmp_path, monkeypatch
 ):
@@ -938,6 +940,7 @@ def test_several_processes_on_a_gpu_are_those_of_torchrun(monkeypatch):
         train.choose_processes(train.TrainConfig(processes=2))
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_run_in_one_line_and_the_checkpoint_is_whole(
     capfd, folder, tmp_path, monkeypatch
 ):
@@ -973,6 +976,7 @@ def help_with_a_broken_story(*args):
     train.help_to_train(*args)
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_step_of_another_process_is_told_once(capfd, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "help_to_train", help_with_a_broken_story)
     where = ["--background", folder, "--out_dir", tmp_path]
@@ -980,6 +984,7 @@ def test_a_mistake_in_a_step_of_another_process_is_told_once(capfd, folder, tmp_
     assert "train.py: process 1: a story of odd number" in err
 
 
+@pytest.mark.slow
 def test_a_mistake_that_all_processes_see_is_told_once(capfd, tmp_path):
     where = ["--background", tmp_path / "no books", "--out_dir", tmp_path]
     assert "no books" in refused(capfd, train.main, *TINY, *TWO.split(), *where)
@@ -1008,6 +1013,7 @@ def true_run(fit, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_killed_a_run_takes_its_other_process_along_and_goes_on_from_its_last_checkpoint(
     fit, true_run, folder, tmp_path
 ):
@@ -1028,6 +1034,7 @@ def test_killed_a_run_takes_its_other_process_along_and_goes_on_from_its_last_ch
     assert weights_differ_by(true_run, out) < 1e-5
 
 
+@pytest.mark.slow
 def test_under_torchrun_ctrl_c_saves_once_and_another_number_of_processes_goes_on(
     fit, true_run, folder, tmp_path
 ):
