@@ -51,7 +51,7 @@ from data.common import (
     save_json,
 )
 from data.document import Document, batches, length_name, read_lengths
-from data.llama import fingerprint_of_files, holds_llama, open_model
+from data.llama import fingerprint_of_files, open_model
 from data.published import Downloaded, published_table
 from data.template import with_template
 from data.tokenizer import Tokenizer
@@ -1228,7 +1228,8 @@ def check_figures(args, out: str | Path) -> None:
         _, checkpoint = name_and_path(text)
         taken.append(checkpoint.resolve())
     is_json_in_a_folder = path.suffix == ".json" and not path.is_dir() and path.parent.is_dir()
-    if not is_json_in_a_folder or path.resolve() in taken or holds_llama(path.parent):
+    is_taken = path.resolve() in taken or path.resolve().parent in taken  # a model's folder
+    if not is_json_in_a_folder or is_taken:
         raise ValueError(
             f"--figures {path}: name a .json file of its own, in a folder that is there"
         )
@@ -1244,8 +1245,8 @@ def check_out(args, out: Path) -> None:
         _, checkpoint = name_and_path(text)
         if out.exists() and out.samefile(checkpoint):
             raise ValueError(f"--out {out} is the checkpoint: name another file")
-    if holds_llama(out.parent):
-        raise ValueError(f"--out {out} lies among a model's files: name another folder")
+        if out.resolve().parent == checkpoint.resolve():
+            raise ValueError(f"--out {out} lies among a model's files: name another folder")
 
 
 def check_columns(args, models: list[Loaded]) -> None:

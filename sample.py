@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from data.common import Parser, one_line, pick_device
-from data.llama import holds_llama, open_model
+from data.llama import open_model
 from data.tokenizer import Tokenizer, was_trained_on_text
 from lm2 import LM2, RMT, State, load_state, save_state
 
@@ -228,7 +228,7 @@ def check_save_state(args) -> None:
     for name in (args.ckpt, args.file):
         if name is not None and path.exists() and Path(name).exists() and path.samefile(name):
             raise ValueError(f"--save_state {path} is the checkpoint or the text: name another")
-    if holds_llama(path.parent):
+    if path.resolve().parent == Path(args.ckpt).resolve():
         raise ValueError(f"--save_state {path} lies among a model's files: name another folder")
 
 
