@@ -51,11 +51,11 @@ from data.common import (
     save_json,
 )
 from data.document import Document, batches, length_name, read_lengths
-from data.llama import fingerprint_of_files, open_model
+from data.llama import fingerprint_of_files, tokenizer_of
 from data.published import Downloaded, published_table
 from data.template import with_template
 from data.tokenizer import Tokenizer
-from lm2 import LM2, RMT, State
+from lm2 import LM2, RMT, State, load_model
 
 Model = LM2 | RMT
 
@@ -991,7 +991,7 @@ def read_models(texts: list[str], device: torch.device) -> list[Loaded]:
     models = []
     for text in texts:
         name, path = name_and_path(text)
-        model, tokenizer, content = open_model(path, device)
+        model, content = load_model(path, device)
         if not name:
             if len(texts) == 1:
                 name = model.cfg.kind
@@ -999,6 +999,7 @@ def read_models(texts: list[str], device: torch.device) -> list[Loaded]:
                 name = path.resolve().name if path.is_dir() else path.resolve().parent.name
         if name in [loaded.name for loaded in models]:
             raise ValueError(f"--ckpt: two models are called {name!r}, give NAME=PATH")
+        tokenizer = tokenizer_of(content, path, model.cfg.vocab_size)
         train = content.get("train", {})
         models.append(Loaded(name, model, tokenizer, train, fingerprint_of_files(path)))
     return models

@@ -373,6 +373,14 @@ class BlockMemory(nn.Module):
 
         shared  one random vector (D) that is part of every embedding, see `start_as_a_copier`"""
 
+    def heads(self, x: Tensor) -> Tensor:
+        """For a kind that has heads, n_head of them: (..., n, D) -> (..., HM, n, D/HM)"""
+        return x.unflatten(-1, (self.n_head, -1)).transpose(-3, -2)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """The other way: (..., HM, n, D/HM) -> (..., n, D)"""
+        return x.transpose(-3, -2).flatten(-2)
+
 
 class Memory(BlockMemory):
     """LM2's memory (paper, section 2): tokens read its slots, segments write them."""
@@ -403,14 +411,6 @@ class Memory(BlockMemory):
     def start(self, shared: Tensor) -> None:
         """A forget gate starts near sigmoid(1) = 0.73: it keeps most."""
         self.w_forget.bias.fill_(1.0)
-
-    def heads(self, x: Tensor) -> Tensor:
-        """(..., n, D) -> (..., HM, n, D/HM)"""
-        return x.unflatten(-1, (self.n_head, -1)).transpose(-3, -2)
-
-    def merge(self, x: Tensor) -> Tensor:
-        """(..., HM, n, D/HM) -> (..., n, D)"""
-        return x.transpose(-3, -2).flatten(-2)
 
     def first_bank(self) -> Tensor:
         """M_0 (N, D): rows of the identity, a constant."""
@@ -551,10 +551,6 @@ class NeuralMemory(BlockMemory):
         for matrix in (self.wq.weight, self.wk.weight, self.wv.weight):
             matrix.sub_(torch.outer(matrix @ direction, direction))
 
-    def heads(self, x: Tensor) -> Tensor:
-        """(..., n, D) -> (..., HM, n, D/HM)"""
-        return x.unflatten(-1, (self.n_head, -1)).transpose(-3, -2)
-
     def first_bank(self) -> Tensor:
         """Zeros: nothing is known, and nothing moves."""
         return torch.zeros(self.bank_shape)
@@ -564,7 +560,8 @@ class NeuralMemory(BlockMemory):
         step after the other."""
         inputs = self.step_inputs(self.token_norm(x[:, :-1]))
         banks = [M]
-        for of_segment in zip(*(part.unbind(1) for part in inputs), strict=True):
+        for g in range(x.shape[1] - 1):
+            of_segment = [part[:, g] for part in inputs]
             M = self.update(M, *of_segment)
             banks.append(M)
         return self.read_segments(x, torch.stack(banks, dim=1)), M
@@ -607,8 +604,7 @@ class NeuralMemory(BlockMemory):
         W = banks[:, :, 0].to(q.dtype)
         # Norm, gate and projection of what is read are as in the paper's section 4.4.
         y = self.read_norm((q @ W.mT).to(self.read_norm.weight.dtype))
-        y = y.transpose(-3, -2).flatten(-2)  # (B, G, S, D)
-        return self.wo(torch.sigmoid(self.w_gate(E)) * y)
+        return self.wo(torch.sigmoid(self.w_gate(E)) * self.merge(y))
 
     def write_segment(self, x: Tensor, M: Tensor) -> Tensor:
         """x (B, S, D), M (B, 2, HM, D/HM, D/HM) -> the next M. `forward` does the same for many
@@ -1463,6 +1459,20 @@ def load_llama(folder: str | Path) -> LM2:
         f"{folder} holds no Llama that can be read ({reason}): fetch its files again, or name "
         "another folder"
     )
+
+
+def holds_llama(path: str | Path) -> bool:
+    """Whether a path is a folder with a file of a released model."""
+    files = ("config.json", "params.json", "model.safetensors", "consolidated.00.pth")
+    return any((Path(path) / name).is_file() for name in files)
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[LM2 | RMT, dict]:
+    """The model of a checkpoint or of the folder of a released Llama, and what else the checkpoint
+    holds, which is nothing for a folder. ValueError as `load_checkpoint` and `load_llama` tell."""
+    if holds_llama(path):
+        return load_llama(path).to(device), {}
+    return load_checkpoint(path, device)
 
 
 @torch.no_grad()

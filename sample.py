@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from data.common import Parser, one_line, pick_device
-from data.llama import open_model
+from data.llama import tokenizer_of
 from data.tokenizer import Tokenizer, was_trained_on_text
-from lm2 import LM2, RMT, State, load_state, save_state
+from lm2 import LM2, RMT, State, load_model, load_state, save_state
 
 
 def read_text(name: str) -> str:
@@ -318,8 +318,9 @@ def run(args) -> None:
     if args.save_state:
         check_save_state(args)
     device = pick_device(args.device)
-    model, tokenizer, content = open_model(args.ckpt, device)
+    model, content = load_model(args.ckpt, device)
     model.eval()
+    tokenizer = tokenizer_of(content, args.ckpt, model.cfg.vocab_size)
     learned_text = was_trained_on_text(content)
     is_released = not content
     is_raw = args.raw or learned_text or is_released

@@ -73,7 +73,7 @@ from data.lessons import (
     Stage,
     parse_stages,
 )
-from data.llama import holds_llama, open_model
+from data.llama import read_tokenizer
 from data.loss import measure, ratio, summary
 from data.loss import table as loss_table
 from data.recipes import PRESETS, QA1, RECIPE_OF, RECIPES
@@ -95,6 +95,7 @@ from lm2 import (
     LM2Config,
     build_model,
     graft,
+    holds_llama,
     load_checkpoint,
     load_llama,
     save_checkpoint,
@@ -1401,7 +1402,8 @@ def make_model(flags: Flags, device: torch.device) -> tuple[LM2 | RMT, Tokenizer
         model, saved = load_checkpoint(path)
         tokenizer = of_checkpoint(saved, path)
     elif cfg.init is not None and holds_llama(cfg.init):
-        llama, tokenizer, _ = open_model(cfg.init)
+        llama = load_llama(cfg.init)
+        tokenizer = read_tokenizer(cfg.init, llama.cfg.vocab_size)
         torch.manual_seed(cfg.seed)
         model = graft(llama, LM2Config(**flags.sizes))
     elif cfg.init is not None:

@@ -1,7 +1,7 @@
-"""Opens released Llamas: the model and the tokenizer of a folder.
+"""The tokenizers of released Llamas, from the files that lie beside their weights.
 
-    from data.llama import open_model
-    model, tokenizer, content = open_model("Llama-3.2-1B")  # a folder of Meta or of Hugging Face
+    from data.llama import read_tokenizer
+    tokenizer = read_tokenizer("Llama-3.2-1B", 128256)  # a folder of Meta or of Hugging Face
     tokenizer.encode("Mary went to the kitchen.")
 
 Reads tokenizer.json, or the rank file tokenizer.model of Llama 3. `lm2.load_llama` reads the
@@ -17,10 +17,7 @@ import hashlib
 import json
 from pathlib import Path
 
-import torch
-
 from data.tokenizer import ReleasedTokenizer, Tokenizer, format_ranks, of_checkpoint
-from lm2 import LM2, RMT, load_checkpoint, load_llama
 
 # How Llama 3 divides a text. In tokenizer.model it is not written down.
 LLAMA_3 = (
@@ -134,24 +131,13 @@ def read_tokenizer(folder: str | Path, n_vocab: int) -> ReleasedTokenizer:
     raise ValueError(f"{folder} has no tokenizer.json and no tokenizer.model: fetch one of them")
 
 
-def holds_llama(path: str | Path) -> bool:
-    """Whether a path is a folder with a file of a released model."""
-    files = ("config.json", "params.json", "model.safetensors", "consolidated.00.pth")
-    return any((Path(path) / name).is_file() for name in files)
-
-
-def open_model(
-    path: str | Path, device: str | torch.device = "cpu"
-) -> tuple[LM2 | RMT, Tokenizer, dict]:
-    """The model of a checkpoint or of the folder of a released Llama, its tokenizer, and what else
-    the checkpoint holds, which is nothing for a folder.
-
-    ValueError, with a message of one line, for what cannot be read."""
-    if holds_llama(path):
-        llama = load_llama(path)
-        return llama.to(device), read_tokenizer(path, llama.cfg.vocab_size), {}
-    model, content = load_checkpoint(path, device)
-    return model, of_checkpoint(content, path), content
+def tokenizer_of(content: dict, path: str | Path, n_vocab: int) -> Tokenizer:
+    """The tokenizer of a model with n_vocab ids that `lm2.load_model` gave with this content: that
+    of the checkpoint, or without content that of the released model's folder. ValueError, with a
+    message of one line, for what cannot be read."""
+    if content:
+        return of_checkpoint(content, path)
+    return read_tokenizer(path, n_vocab)
 
 
 def fingerprint_of_files(path: str | Path) -> str:

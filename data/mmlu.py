@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
-from lm2 import LM2, RMT
 
 LETTERS = ("A", "B", "C", "D")
 CHANCE = 25.0  # right answers of a guess, in %
@@ -195,7 +195,7 @@ def fit(
 
 
 @torch.no_grad()
-def log_likelihoods(model: LM2 | RMT, prompt: list[int], options: list[list[int]]) -> list[float]:
+def log_likelihoods(model: nn.Module, prompt: list[int], options: list[list[int]]) -> list[float]:
     """The log-likelihood in nats of each option behind a prompt. All are ids, and the prompt has
     two or more.
 
@@ -226,7 +226,7 @@ def log_likelihoods(model: LM2 | RMT, prompt: list[int], options: list[list[int]
 
 
 def scores_of(
-    model: LM2 | RMT, tokenizer: Tokenizer, question: Question, examples: list[Question], by: str
+    model: nn.Module, tokenizer: Tokenizer, question: Question, examples: list[Question], by: str
 ) -> tuple[list[float], int]:
     """The score of each option, the highest for the one that the model chooses, and the number of
     examples in the prompt.
@@ -250,7 +250,7 @@ def scores_of(
 
 
 def ask(
-    model: LM2 | RMT, tokenizer: Tokenizer, subjects: dict[str, Subject], by: str, name: str
+    model: nn.Module, tokenizer: Tokenizer, subjects: dict[str, Subject], by: str, name: str
 ) -> list[dict]:
     """The answers of a model to all questions. Of equal scores the first one is chosen.
 

@@ -31,9 +31,9 @@ import sample
 import train
 from data.babilong import Builder
 from data.lessons import echo, lesson
-from data.llama import fingerprint_of_files, open_model, read_tokenizer
+from data.llama import fingerprint_of_files, read_tokenizer, tokenizer_of
 from data.tokenizer import of_checkpoint
-from lm2 import LM2, LM2Config, build_model, graft, load_checkpoint, load_llama
+from lm2 import LM2, LM2Config, build_model, graft, load_checkpoint, load_llama, load_model
 from test_train import end_of, lines, refused, same_tensors
 
 torch.set_num_threads(1)
@@ -613,6 +613,12 @@ def test_lessons_begin_with_the_begin_of_text_and_stay_in_their_segments(release
 
 
 # Scripts
+
+
+def open_model(path):
+    """The model of a path, its tokenizer and what the checkpoint holds, as the scripts open it."""
+    model, content = load_model(path)
+    return model, tokenizer_of(content, path, model.cfg.vocab_size), content
 
 
 def say(capsys, *argv):
